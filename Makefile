@@ -1,0 +1,67 @@
+# make setup | test | demo | lint | types | docs | clean. Nothing is assumed but Python >= 3.11 with its venv module.
+
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# The newest interpreter that runs, is >= 3.11 and can make virtual environments (a name on PATH may be a broken shim).
+USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
+CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
+PYTHON ?= $(shell for name in $(CANDIDATES); do \
+	if $$name -c '$(USABLE)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
+
+.PHONY: help setup test demo lint format types docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make setup   a virtual environment in $(VENV) with popax and its development tools'
+	@echo 'make test    the test suite (ARGS= goes to pytest)'
+	@echo 'make demo    the demonstration (ARGS= goes to popax demo)'
+	@echo 'make lint    ruff; make format rewrites; make types runs pyright'
+	@echo 'make docs    the documentation, warnings are errors'
+	@echo 'make clean   removes what these commands made, $(VENV) included'
+
+setup: $(VENV)/.installed-dev
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q $(ARGS)
+
+demo: $(VENV)/.installed-run
+	$(BIN)/popax demo $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+clean:
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@if [ -z '$(PYTHON)' ]; then \
+		echo 'popax needs Python >= 3.11 with venv and ensurepip; none of $(CANDIDATES) is one.' >&2; \
+		echo 'Install one (on Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12 ...' >&2; \
+		exit 1; fi
+	@'$(PYTHON)' -c '$(USABLE)' || { \
+		echo "popax needs Python >= 3.11 with venv and ensurepip; $(PYTHON) is $$('$(PYTHON)' --version 2>&1)." >&2; exit 1; }
+	'$(PYTHON)' -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# A stamp for each set of extras: installed again only when pyproject.toml changes.
+$(VENV)/.installed-run: EXTRAS :=
+$(VENV)/.installed-dev: EXTRAS := [dev]
+$(VENV)/.installed-docs: EXTRAS := [docs]
+$(VENV)/.installed-run $(VENV)/.installed-dev $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.$(EXTRAS)'
+	@touch $@

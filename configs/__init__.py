@@ -1,0 +1,1 @@
+"""Experiment configurations (gin), one folder a kind."""

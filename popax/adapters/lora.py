@@ -1,0 +1,62 @@
+"""LoRA: delta = s (x A^T) B, A random, B zero (arXiv 2106.09685). Two factors a site are the user's."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from popax.adapters.base import AdapterConfig, AdapterMethod, Leaves, SiteDims
+from popax.kernels.indexed_lora import indexed_lora
+from popax.kernels.stacked_lora import lora
+
+
+def _shared(dims: SiteDims, mask_R: jax.Array, w_DxF: jax.Array) -> Leaves:
+    del dims, mask_R, w_DxF
+    return {}
+
+
+def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig) -> Leaves:
+    """B = 0; A ~ U(-1/sqrt(D), 1/sqrt(D)) ("default") or N(0, 1/r^2) with the layer's own rank r ("gaussian").
+
+    Both are PEFT's: its default is kaiming-uniform with a = sqrt 5, which is that bound.
+    """
+    shape = (dims.rank, dims.d_in)
+    if config.init == "gaussian":
+        a_RxD = jax.random.normal(key, shape) / jnp.maximum(jnp.sum(mask_R), 1.0)
+    else:
+        bound = 1.0 / math.sqrt(dims.d_in)
+        a_RxD = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    # Rows beyond the layer's rank start at zero in both factors; each factor's gradient is then zero there for good.
+    return {"a": a_RxD * mask_R[:, None], "b": jnp.zeros((dims.rank, dims.d_out))}
+
+
+def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
+    del shared
+    return y + lora(drop(x), state["a"], state["b"], scale)
+
+
+def _indexed(
+    state: Leaves, shared: Leaves, scale: jax.Array, x_BxTxD: jax.Array, y_BxTxF: jax.Array, slot_B: jax.Array
+) -> jax.Array:
+    del shared
+    delta_BxTxF = indexed_lora(x_BxTxD, state["a"], state["b"], scale, slot_B)
+    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF, y_BxTxF)
+
+
+def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:
+    del shared
+    return state["a"], state["b"]
+
+
+METHOD = AdapterMethod(
+    name="lora",
+    state_axes={"a": ("rank", "in"), "b": ("rank", "out")},
+    shared_axes={},
+    shared=_shared,
+    init=_init,
+    delta=_delta,
+    indexed=_indexed,
+    factors=_factors,
+    inits={"default": True, "gaussian": True},
+    linear=False,
+)

@@ -1,0 +1,72 @@
+"""LoRA-XS: delta = s (x A^T) C^T B; A, B from the base's truncated SVD, shared by all users (arXiv 2405.17604).
+
+A user owns the r x r core C of each site and nothing else, and the output is linear in it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from popax.adapters.base import AdapterConfig, AdapterMethod, Leaves, SiteDims
+from popax.kernels.indexed_lora import take_slots
+
+GAUSSIAN_STD = 1e-5  # the paper's start, section 3
+
+
+def _shared(dims: SiteDims, mask_R: jax.Array, w_DxF: jax.Array) -> Leaves:
+    """W = U S V^T, truncated: a = U_r^T, b = S_r V_r^T.
+
+    Each row of a has its largest entry positive: a decomposition leaves signs open, and a core is for one choice.
+    """
+    u_DxK, s_K, vt_KxF = jnp.linalg.svd(w_DxF.astype(jnp.float32), full_matrices=False)
+    a_RxD = u_DxK[:, : dims.rank].T
+    b_RxF = s_K[: dims.rank, None] * vt_KxF[: dims.rank]
+    peak_Rx1 = jnp.take_along_axis(a_RxD, jnp.argmax(jnp.abs(a_RxD), axis=1)[:, None], axis=1)
+    sign_Rx1 = jnp.where(peak_Rx1 < 0, -1.0, 1.0) * mask_R[:, None]
+    return {"a": a_RxD * sign_Rx1, "b": b_RxF * sign_Rx1}
+
+
+def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig) -> Leaves:
+    """C = 0 ("default": exactly the base) or C ~ N(0, 1e-5^2) ("gaussian", the paper's)."""
+    shape = (dims.rank, dims.rank)
+    if config.init == "gaussian":
+        return {"core": jax.random.normal(key, shape) * GAUSSIAN_STD * mask_R[:, None] * mask_R[None, :]}
+    return {"core": jnp.zeros(shape)}
+
+
+def _shrink(x: jax.Array, shared: Leaves) -> jax.Array:
+    return x @ shared["a"].T.astype(x.dtype)
+
+
+def _expand(h: jax.Array, shared: Leaves, scale: jax.Array) -> jax.Array:
+    return (h * scale.astype(h.dtype)) @ shared["b"].astype(h.dtype)
+
+
+def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
+    h = jnp.einsum("...r,qr->...q", _shrink(drop(x), shared), state["core"].astype(x.dtype))
+    return y + _expand(h, shared, scale)
+
+
+def _indexed(
+    state: Leaves, shared: Leaves, scale: jax.Array, x_BxTxD: jax.Array, y_BxTxF: jax.Array, slot_B: jax.Array
+) -> jax.Array:
+    core_BxRxR = take_slots(state["core"], slot_B).astype(x_BxTxD.dtype)
+    h_BxTxR = jnp.einsum("btr,bqr->btq", _shrink(x_BxTxD, shared), core_BxRxR)
+    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + _expand(h_BxTxR, shared, scale), y_BxTxF)
+
+
+def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:
+    return shared["a"], state["core"].T @ shared["b"]
+
+
+METHOD = AdapterMethod(
+    name="lora_xs",
+    state_axes={"core": ("rank", "rank")},
+    shared_axes={"a": ("rank", "in"), "b": ("rank", "out")},
+    shared=_shared,
+    init=_init,
+    delta=_delta,
+    indexed=_indexed,
+    factors=_factors,
+    inits={"default": True, "gaussian": False},
+    linear=True,
+)

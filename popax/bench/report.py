@@ -1,0 +1,118 @@
+"""The JSON that every measuring command writes (design.md section 9), from which documents and pictures are made."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import popax
+
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore")
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write {"name", "commit", "versions", "device", "config", "figures", "rows"}; returns it.
+
+    config may hold dataclasses; figures are numbers that scripts rely on; rows are the table behind them. Numbers
+    that are not finite become null. The file is whole or absent: it is renamed into place.
+    """
+    report = {
+        "name": name,
+        "commit": commit(),
+        "versions": versions(),
+        "device": device(),
+        "config": _plain(config),
+        "figures": _plain(figures),
+        "rows": _plain(rows),
+    }
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return report
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_report` wrote. Raises OSError, or ValueError where the file is not one of its reports."""
+    report = json.loads(Path(path).read_text(encoding="utf-8"))
+    absent = {"name", "commit", "versions", "device", "config", "figures", "rows"} - set(report)
+    if absent:
+        raise ValueError(f"{os.fspath(path)} is not a popax report: it lacks {', '.join(sorted(absent))}")
+    return report
+
+
+def commit() -> str:
+    """The checkout's commit, `+changed` where tracked files differ from it; the package's version elsewhere."""
+    root = Path(popax.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return f"popax {popax.__version__}"
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        return head + ("+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"popax {popax.__version__}"
+
+
+def versions() -> dict[str, str]:
+    """Python's, popax's and the numerical libraries' versions."""
+    found = {"python": platform.python_version(), "popax": popax.__version__}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def device() -> dict[str, Any]:
+    """{"platform", "kind", "count"} of the devices that jax uses, and the host's processor count."""
+    devices = jax.devices()
+    return {
+        "platform": devices[0].platform,
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "host_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has words for; anything else by its own name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | jax.Array | np.generic):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    return getattr(value, "__qualname__", None) or str(value)

@@ -1,0 +1,7 @@
+"""`popax bench ...`: the measurements that the documentation quotes, each a command."""
+
+NAME = "bench"
+HELP = "Measure this machine; every number in the documentation comes from here."
+EXAMPLE = "popax bench train --gin_file configs/models/bench_25m.gin --json bench.json"
+
+COMMANDS = {"train": "popax.cli.bench_train"}

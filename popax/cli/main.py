@@ -1,0 +1,115 @@
+"""The `popax` command: finds the subcommand's module, runs it, and turns what a user can cause into one line.
+
+A command is a module with NAME, HELP (one line), EXAMPLE (a command line), configure(parser) and run(args) -> exit
+code. It imports jax and the library inside `run`, so that `popax --help` answers at once and a command that needs no
+accelerator does not wake one. A group of commands (`popax bench train`) is a module with NAME, HELP, EXAMPLE and
+COMMANDS, a table like the one below.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import popax
+from popax.errors import PopaxError
+
+COMMANDS: dict[str, str] = {
+    "demo": "popax.cli.demo",
+    "train": "popax.cli.train",
+    "pretrain": "popax.cli.pretrain",
+    "eval": "popax.cli.eval",
+    "generate": "popax.cli.generate",
+    "extract": "popax.cli.extract",
+    "import": "popax.cli.import_",
+    "users": "popax.cli.users",
+    "bench": "popax.cli.bench",
+    "report": "popax.cli.report",
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(_named_command(arguments)).parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt as interrupt:
+        # Whoever was interrupted knows what it saved, and raises KeyboardInterrupt again with that as its message.
+        saved = str(interrupt) or "what was committed or checkpointed before stays, nothing is half-written"
+        print(f"\ninterrupted: {saved}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`popax users | head`); keep the interpreter from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (PopaxError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code if isinstance(error, PopaxError) else EXIT_ERROR
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of every command, or of the one that will run: then no other command's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="popax",
+        description="One frozen base model and a population of small per-user adapters.",
+        epilog="popax COMMAND --help shows a command's options and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"popax {popax.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS if only is None else (only,):
+        command = importlib.import_module(COMMANDS[name])
+        _add_command(subparsers, command)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json PATH, for commands whose numbers a script may want."""
+    parser.add_argument("--json", metavar="PATH", help="also write the result as JSON")
+
+
+def write_output(path: str, text: str) -> None:
+    """A result file that is whole or absent; its folders are made."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add_command(subparsers, command: ModuleType) -> None:
+    parser = subparsers.add_parser(
+        command.NAME,
+        help=command.HELP,
+        description=command.HELP,
+        epilog=f"example:\n  {command.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if hasattr(command, "COMMANDS"):
+        nested = parser.add_subparsers(dest=f"{command.NAME}_command", metavar="COMMAND", required=True)
+        for module in command.COMMANDS.values():
+            _add_command(nested, importlib.import_module(module))
+        return
+    command.configure(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=command.run)
+
+
+def _named_command(arguments: Sequence[str]) -> str | None:
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    return first if first in COMMANDS and arguments[0] == first else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Batches of users' tokens: fair over users, packed, split in time, deterministic by (user, seed, step)."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from popax.data.packing import encode_example, pack_documents, zero_batch
+from popax.data.tokenize import Tokenizer
+from popax.data.users import UserDataset, split_past_future
+from popax.errors import ConfigError, DataError
+from popax.types import Batch
+
+Split = Literal["past", "validation", "future"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """seq_len targets a row, batch_size rows a user and step.
+
+    past_fraction of a user's examples, oldest first, may be learnt from; validation_fraction of that past (its end)
+    only stops training early; the rest is held out. pack: short documents share rows. cached_users: how many users'
+    tokens stay in memory.
+    """
+
+    seq_len: int
+    batch_size: int
+    past_fraction: float = 0.8
+    validation_fraction: float = 0.1
+    seed: int = 0
+    pack: bool = True
+    cached_users: int = 4096
+
+    def __post_init__(self):
+        for name in ("seq_len", "batch_size", "cached_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if not 0.0 < self.past_fraction <= 1.0:
+            raise ConfigError(f"past_fraction={self.past_fraction}: above 0, at most 1")
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ConfigError(f"validation_fraction={self.validation_fraction}: at least 0, below 1")
+
+
+class _User(NamedTuple):
+    past: Batch
+    validation: Batch
+    future: Batch
+    batches: grain.MapDataset  # step -> Batch [B, T] of the past
+
+
+class UserPipeline:
+    """Rows of token ids for one user or many; every method is a pure function of its arguments, from any thread."""
+
+    def __init__(self, dataset: UserDataset, tokenizer: Tokenizer, config: PipelineConfig):
+        self.dataset, self.tokenizer, self.config = dataset, tokenizer, config
+        self._user = functools.lru_cache(config.cached_users)(self._read_user)
+
+    def rows(self, user: str, split: Split) -> Batch:
+        """All rows [M, T] of one part of the user's time; M may be 0."""
+        if split not in ("past", "validation", "future"):
+            raise ConfigError(f"split={split!r}: one of past, validation, future")
+        return getattr(self._user(user), split)
+
+    def batch(self, user: str, step: int) -> Batch:
+        """The user's training batch [B, T] at a step: depends on the user's data and id, the seed and the step only.
+
+        Every row of the past is seen once before any is seen twice. Raises DataError where the past is empty.
+        """
+        user_data = self._user(user)
+        if not len(user_data.past.tokens_BxT):
+            raise DataError(
+                f"user {user!r} has nothing to learn from: none of their {self.dataset.num_examples(user)} examples "
+                "gives a target with loss in the past; leave the user out, or raise past_fraction"
+            )
+        return user_data.batches[step]
+
+    def population(self, users: Sequence[str | None], steps: Sequence[int]) -> Batch:
+        """[N, B, T]: `batch(users[i], steps[i])` in slot i; padding where users[i] is None."""
+        empty = zero_batch(self.config.batch_size, self.config.seq_len)
+        return _stack(
+            [empty if user is None else self.batch(user, step) for user, step in zip(users, steps, strict=True)]
+        )
+
+    def evaluation(self, users: Sequence[str | None], split: Split, max_rows: int | None = None) -> Batch:
+        """[N, M, T]: each user's first max_rows rows of the split, padded to the longest; M is at least 1."""
+        empty = zero_batch(0, self.config.seq_len)
+        parts = [empty if user is None else _take(self.rows(user, split), slice(max_rows)) for user in users]
+        longest = max([1, *(len(part.tokens_BxT) for part in parts)])
+        return _stack([_pad(part, longest) for part in parts])
+
+    def mixed(self, users: Sequence[str], by: Literal["user", "row"] = "user") -> "MixedUsers":
+        """One stream of everybody's past, to train a base or a shared adapter; see MixedUsers."""
+        return MixedUsers(self, users, by)
+
+    def _read_user(self, user: str) -> _User:
+        examples = self.dataset.examples(user)
+        ranges = split_past_future(len(examples), self.config.past_fraction, self.config.validation_fraction)
+        past, validation, future = (
+            pack_documents(
+                (encode_example(examples[i], self.tokenizer) for i in part), self.config.seq_len, pack=self.config.pack
+            )
+            for part in ranges
+        )
+        batches = (
+            grain.MapDataset.range(len(past.tokens_BxT))
+            .seed(user_seed(user, self.config.seed))
+            .shuffle()
+            .repeat()
+            .batch(self.config.batch_size)
+            .map(lambda rows: _take(past, rows))
+        )
+        return _User(past, validation, future, batches)
+
+
+class MixedUsers:
+    """Batches over many users' pasts; random access by step, like one user's.
+
+    by="user": every N rows of the stream are one row of each of the N users, in a new order each round, so that every user comes equally
+    often, whatever their size. by="row": every row equally often, whoever wrote it. Users whose past is empty are
+    left out.
+    """
+
+    def __init__(self, pipeline: UserPipeline, users: Sequence[str], by: Literal["user", "row"] = "user"):
+        self.users = [user for user in users if len(pipeline.rows(user, "past").tokens_BxT)]
+        if not self.users:
+            raise DataError(f"none of the {len(users)} users has anything to learn from")
+        config, seed = pipeline.config, user_seed("", pipeline.config.seed)
+        if by == "user":
+            rows = [_user_rows(pipeline, user).repeat() for user in self.users]
+            turns = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+            stream = turns.map_with_index(lambda index, user: rows[user][index // len(rows)])
+        elif by == "row":
+            rows = [_user_rows(pipeline, user) for user in self.users]
+            stream = grain.MapDataset.concatenate(rows).seed(seed).shuffle().repeat()
+        else:
+            raise ConfigError(f'by={by!r}: "user" or "row"')
+        self._batches = stream.batch(config.batch_size, batch_fn=lambda rows: _stack(rows))
+
+    def batch(self, step: int) -> Batch:
+        """[B, T] at a step."""
+        return self._batches[step]
+
+
+def _user_rows(pipeline: UserPipeline, user: str) -> grain.MapDataset:
+    """The user's rows of the past as single rows [T], shuffled anew each epoch; tokens stay in the pipeline's cache."""
+    length = len(pipeline.rows(user, "past").tokens_BxT)
+    order = grain.MapDataset.range(length).seed(user_seed(user, pipeline.config.seed)).shuffle()
+    return order.map(lambda row: _take(pipeline.rows(user, "past"), row))
+
+
+def prefetch(
+    batch: Callable[[int], Batch], *, num_steps: int, threads: int = 1, buffer: int = 2
+) -> grain.DatasetIterator[Batch]:
+    """Batches 0 .. num_steps-1, made by `threads` threads at most `buffer` ahead of who asks for them.
+
+    get_state() / set_state(state) resume exactly; close() ends the threads. batch: `MixedUsers.batch`, or
+    `lambda step: pipeline.population(users, [step] * len(users))`.
+    """
+    if min(threads, buffer) < 1:
+        raise ConfigError(f"threads={threads}, buffer={buffer}: at least 1 each")
+    steps = grain.MapDataset.range(num_steps).map(lambda step: batch(int(step)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
+
+
+def user_seed(user: str, seed: int) -> int:
+    """A 32-bit seed of the user's own, so that a user's batches are the same whoever trains beside them."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{user}".encode(), digest_size=4).digest(), "little")
+
+
+def _take(batch: Batch, rows: np.ndarray | int | slice) -> Batch:
+    return Batch(*(leaf[rows] for leaf in batch))
+
+
+def _stack(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+
+
+def _pad(batch: Batch, rows: int) -> Batch:
+    missing = rows - len(batch.tokens_BxT)
+    return Batch(*(np.pad(leaf, ((0, missing), (0, 0))) for leaf in batch))

@@ -1,0 +1,59 @@
+"""Named errors. Every message carries the offending values and the fix; the CLI exits with `exit_code`."""
+
+
+class PopaxError(Exception):
+    """Root of everything a user of popax can cause; the CLI prints it without a traceback and exits 2."""
+
+    exit_code = 2
+
+
+class ConfigError(PopaxError):
+    """A configuration key is missing, unknown, or out of range."""
+
+
+class CheckpointError(PopaxError):
+    """Base weights or a training checkpoint are missing, truncated, or of the wrong shape."""
+
+
+class SiteError(PopaxError):
+    """A target rule names a site that the model does not have, or matches nothing."""
+
+
+class BaseMismatchError(PopaxError):
+    """An adapter was made for another base (its digest differs)."""
+
+
+class PeftError(PopaxError):
+    """A PEFT directory holds something popax cannot represent, or the other way round."""
+
+
+class DataError(PopaxError):
+    """An input record is malformed; names the file and the line."""
+
+
+class TokenizerError(PopaxError):
+    """A tokenizer cannot be loaded, or lacks what was asked of it (a chat template, a special token)."""
+
+
+class PopulationError(PopaxError):
+    """Members do not fit together: other shapes, other cohort, too many for the slots."""
+
+
+class CatalogError(PopaxError):
+    """The catalog cannot be opened, read or written."""
+
+
+class RevisionNotFoundError(CatalogError):
+    """No such user, or no such revision of that user."""
+
+
+class ConflictError(CatalogError):
+    """Another writer committed this user's next revision first."""
+
+
+class CorruptRevisionError(CatalogError):
+    """A stored row or manifest does not match its digest; names the user and the revision."""
+
+
+class StorageError(CatalogError):
+    """The disk is full, or the store refused to write; nothing was committed."""

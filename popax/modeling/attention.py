@@ -1,0 +1,94 @@
+"""Causal attention over packed rows or a cache, with grouped query heads. Kernels enter at `dot_product_attention`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from popax.modeling.cache import LayerCache
+from popax.modeling.config import ModelConfig
+from popax.modeling.layers import Linear, RMSNorm
+from popax.modeling.rope import rotate
+from popax.types import SiteFn
+
+
+def dot_product_attention(
+    q_BxTxHxd: jax.Array, k_BxSxKxd: jax.Array, v_BxSxKxd: jax.Array, mask_BxTxS: jax.Array
+) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) v over the keys that the mask allows, [B, T, H, d] in q's dtype.
+
+    Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is float32. A query that may
+    see no key gets the mean of all values: finite, and only padding is such a query.
+    """
+    batch, length, heads, dim = q_BxTxHxd.shape
+    kv_heads = k_BxSxKxd.shape[2]
+    q_BxTxKxGxd = q_BxTxHxd.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    scores_BxKxGxTxS = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxd, k_BxSxKxd, preferred_element_type=jnp.float32)
+    scores_BxKxGxTxS = scores_BxKxGxTxS * jnp.float32(1 / math.sqrt(dim))
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)
+    scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, lowest)
+    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxd.dtype)
+    out_BxTxKxGxd = jnp.einsum("bkgts,bskd->btkgd", weights_BxKxGxTxS, v_BxSxKxd)
+    return out_BxTxKxGxd.reshape(batch, length, heads, dim)
+
+
+def packed_mask(segments_BxT: jax.Array) -> jax.Array:
+    """bool [B, T, T]: a token sees the earlier tokens and itself, inside its own segment; segment 0 is seen by none."""
+    length = segments_BxT.shape[1]
+    causal_TxT = jnp.tril(jnp.ones((length, length), bool))
+    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None, :]
+    return same_BxTxT & causal_TxT[None] & (segments_BxT != 0)[:, None, :]
+
+
+def cache_mask(positions_BxT: jax.Array, length: int) -> jax.Array:
+    """bool [B, T, S]: a token at position p sees the cache's positions 0..p; one at -1 sees nothing."""
+    return jnp.arange(length, dtype=positions_BxT.dtype)[None, None, :] <= positions_BxT[:, :, None]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RoPE; q and k normalised per head where the config says so (Qwen3)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_std: float):
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        options = {"param_dtype": config.param_dtype, "rngs": rngs}
+        inner = {"bias": config.attention_bias, **options}
+        embed = config.embed_dim
+        self.config = config
+        self.q_proj = Linear("layers.attn.q_proj", (embed, wide), ("embed", "heads"), **inner)
+        self.k_proj = Linear("layers.attn.k_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
+        self.v_proj = Linear("layers.attn.v_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
+        self.o_proj = Linear(
+            "layers.attn.o_proj", (wide, embed), ("heads", "embed"), bias=config.output_bias, std=out_std, **options
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.param_dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.param_dtype) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask_BxTxS: jax.Array,
+        site_fn: SiteFn,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """(output [B, T, D], the cache with this layer's keys and values written)."""
+        config = self.config
+        q_BxTxHxd = _split_heads(self.q_proj(x_BxTxD, site_fn), config.num_heads)
+        k_BxTxKxd = _split_heads(self.k_proj(x_BxTxD, site_fn), config.num_kv_heads)
+        v_BxTxKxd = _split_heads(self.v_proj(x_BxTxD, site_fn), config.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BxTxHxd, k_BxTxKxd = self.q_norm(q_BxTxHxd), self.k_norm(k_BxTxKxd)
+        q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)
+        k_BxTxKxd = rotate(k_BxTxKxd, *rope, config.rope_layout)
+        if cache is None:
+            out = dot_product_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS)
+        else:
+            cache = cache.write(k_BxTxKxd, v_BxTxKxd)
+            k_BxSxKxd, v_BxSxKxd = cache.read(q_BxTxHxd.dtype)
+            out = dot_product_attention(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd, mask_BxTxS)
+        return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
+
+
+def _split_heads(y_BxTxF: jax.Array, heads: int) -> jax.Array:
+    return y_BxTxF.reshape(*y_BxTxF.shape[:-1], heads, -1)

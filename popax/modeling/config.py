@@ -1,0 +1,161 @@
+"""The shape and arithmetic of a dense Llama or Qwen decoder. Presets are gin files in configs/models."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from popax.errors import ConfigError
+
+RopeLayout = Literal["half", "interleaved"]
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+    def __post_init__(self):
+        _check_factor(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """Llama 3.1: wavelengths above original_max_seq_len / low_freq_factor are stretched by `factor`, those below
+    original_max_seq_len / high_freq_factor are kept, and those between are interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self):
+        _check_factor(self)
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"low_freq_factor={self.low_freq_factor}, high_freq_factor={self.high_freq_factor}: "
+                "the low one must be above 0 and below the high one"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnRope:
+    """YaRN (arXiv 2309.00071): dimensions that turn more than beta_fast times in the original context are kept,
+    those that turn less than beta_slow times are stretched by `factor`; cos and sin are multiplied by
+    attention_factor (default 0.1 ln(factor) + 1, or the ratio of that with mscale and with mscale_all_dim)."""
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        _check_factor(self)
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ConfigError(f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: 0 < beta_slow < beta_fast")
+
+
+RopeScaling = LinearRope | Llama3Rope | YarnRope
+ROPE_SCALINGS: dict[str, type] = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
+
+
+def _check_factor(rope: Any) -> None:
+    if not (math.isfinite(rope.factor) and rope.factor >= 1.0):
+        raise ConfigError(f"{type(rope).__name__}.factor={rope.factor}: a finite number of at least 1")
+    original = getattr(rope, "original_max_seq_len", 1)
+    if original < 1:
+        raise ConfigError(f"{type(rope).__name__}.original_max_seq_len={original}: at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Everything static about a base model; hashable, so it may be a jit argument.
+
+    rope_layout: which features rotate together: i and i + head_dim/2 ("half", Hugging Face) or 2i and 2i+1
+    ("interleaved", the original Llama). attention_bias: biases on q, k and v; output_bias: on o. qk_norm: RMS norms
+    over head_dim on q and k before RoPE (Qwen3). dtype: of activations and matmuls; norms, RoPE, softmax and logits
+    are float32. param_dtype: of the stored weights.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    ffw_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
+    rope_layout: RopeLayout = "half"
+    norm_eps: float = 1e-5
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    max_seq_len: int = 2048
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ModelConfig.{name}={getattr(self, name)}: at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every kv head serves the same number of query heads"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even and at least 2")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
+            raise ConfigError(f"rope_theta={self.rope_theta}: a finite number above 1")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps={self.norm_eps}: a finite number above 0")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ConfigError(f"rope_scaling={self.rope_scaling!r}: None, LinearRope, Llama3Rope or YarnRope")
+        if self.rope_layout not in ("half", "interleaved"):
+            raise ConfigError(f"rope_layout={self.rope_layout!r}: 'half' or 'interleaved'")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ConfigError(f"ModelConfig.{name}={getattr(self, name)!r}: one of {', '.join(DTYPES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        record = dataclasses.asdict(self)
+        if self.rope_scaling is not None:
+            kind = next(name for name, cls in ROPE_SCALINGS.items() if isinstance(self.rope_scaling, cls))
+            record["rope_scaling"] = {"rope_type": kind, **record["rope_scaling"]}
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "ModelConfig":
+        """Raises ConfigError on a key that no ModelConfig has, and on one that is missing."""
+        values = dict(record)
+        _check_keys(cls, values, "ModelConfig")
+        if values.get("rope_scaling") is not None:
+            rope = dict(values["rope_scaling"])
+            kind = rope.pop("rope_type", None)
+            if kind not in ROPE_SCALINGS:
+                raise ConfigError(f"rope_type={kind!r}: one of {', '.join(ROPE_SCALINGS)}")
+            _check_keys(ROPE_SCALINGS[kind], rope, "rope_scaling")
+            values["rope_scaling"] = ROPE_SCALINGS[kind](**rope)
+        return cls(**values)
+
+    def semantics(self) -> dict[str, Any]:
+        """`to_dict` without what does not change the function that the weights compute: dtypes and max_seq_len."""
+        return {k: v for k, v in self.to_dict().items() if k not in ("dtype", "param_dtype", "max_seq_len")}
+
+
+def _check_keys(cls: Any, values: Mapping[str, Any], what: str) -> None:
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    missing = [name for name, required in fields.items() if required and name not in values]
+    if unknown or missing:
+        raise ConfigError(f"{what}: unknown keys {unknown}, missing keys {missing}; its keys are {', '.join(fields)}")

@@ -1,0 +1,84 @@
+"""The parts of a decoder block as Flax NNX modules. Logical axes stand beside each parameter: its `axes` metadata."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from popax.types import SiteFn
+
+
+class Linear(nnx.Module):
+    """y = x W + b at a site, W [d_in, d_out]; what the site's adapter makes of (x, y) is the output."""
+
+    def __init__(
+        self,
+        site: str,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        bias: bool,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+        std: float | None = None,
+    ):
+        self.site = site
+        # Without std, the output of a unit-variance input has unit variance.
+        std = 1 / math.sqrt(shape[0]) if std is None else std
+        self.kernel = nnx.Param(_normal(rngs, shape, std, param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
+        y = jnp.einsum("...d,df->...f", x, self.kernel[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+        return site_fn(self.site, x, y)
+
+
+class RMSNorm(nnx.Module):
+    """y = scale * x / sqrt(mean(x^2) + eps) over the last axis, in float32."""
+
+    def __init__(self, dim: int, eps: float, param_dtype: str):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(dim, param_dtype), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return normed.astype(x.dtype) * scale
+
+
+class Embed(nnx.Module):
+    """Token ids to rows of the table, and, where embeddings are tied, hidden states to logits."""
+
+    def __init__(self, vocab_size: int, dim: int, *, param_dtype: str, rngs: nnx.Rngs, std: float = 0.02):
+        table = _normal(rngs, (vocab_size, dim), std, param_dtype)
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
+        return self.embedding[...][tokens_BxT].astype(dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        table_VxD = self.embedding[...].astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, table_VxD, preferred_element_type=jnp.float32)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, embed_dim: int, ffw_dim: int, *, bias: bool, param_dtype: str, rngs: nnx.Rngs, out_std: float):
+        wide, narrow = (embed_dim, ffw_dim), (ffw_dim, embed_dim)
+        options = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
+        self.gate_proj = Linear("layers.mlp.gate_proj", wide, ("embed", "ffw"), **options)
+        self.up_proj = Linear("layers.mlp.up_proj", wide, ("embed", "ffw"), **options)
+        self.down_proj = Linear("layers.mlp.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)
+
+    def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
+        gate_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD, site_fn))
+        return self.down_proj(gate_BxTxF * self.up_proj(x_BxTxD, site_fn), site_fn)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
+    return (jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype)

@@ -1,0 +1,193 @@
+"""A base model as pure functions of its parameters; what is static about it is hashable, so jit may close over it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from popax.errors import ConfigError, SiteError
+from popax.modeling.attention import cache_mask, packed_mask
+from popax.modeling.cache import KVCache
+from popax.modeling.config import ModelConfig
+from popax.modeling.rope import cos_sin
+from popax.modeling.transformer import Block, Context, Ends, scan_blocks
+from popax.sharding import ShardingRules
+from popax.trees import flatten_named, unflatten_named
+from popax.types import NO_ADAPT, Adapt, Params, SiteInfo
+
+# In the order of the forward pass.
+LAYER_SITES = (
+    "layers.attn.q_proj",
+    "layers.attn.k_proj",
+    "layers.attn.v_proj",
+    "layers.attn.o_proj",
+    "layers.mlp.gate_proj",
+    "layers.mlp.up_proj",
+    "layers.mlp.down_proj",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder without its weights. Two models of equal config are equal.
+
+    params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}; kernels are [d_in, d_out], and
+    everything under "layers" has the layer axis first.
+    """
+
+    config: ModelConfig
+
+    @functools.cached_property
+    def _graphs(self) -> tuple[nnx.GraphDef, nnx.GraphDef, dict[str, nnx.Variable]]:
+        """(one block, what is around the blocks, every parameter's abstract variable by its name in params)."""
+        block, block_state = nnx.split(nnx.eval_shape(lambda: Block(self.config, rngs=nnx.Rngs(params=0))))
+        ends, ends_state = nnx.split(nnx.eval_shape(lambda: Ends(self.config, rngs=nnx.Rngs(params=0))))
+        variables = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(ends_state)}
+        variables |= {"layers/" + "/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(block_state)}
+        return block, ends, dict(sorted(variables.items()))
+
+    def init(self, key: jax.Array, *, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Params:
+        """Random parameters, the same on every mesh; with a mesh, each device makes its own shard only."""
+        shardings = self.shardings(mesh, rules) if mesh is not None else None
+        return jax.jit(self._random, out_shardings=shardings)(key)
+
+    def _random(self, key: jax.Array) -> Params:
+        def block(key: jax.Array) -> Params:
+            return nnx.to_pure_dict(nnx.state(Block(self.config, rngs=nnx.Rngs(params=key))))
+
+        ends_key, layers_key = jax.random.split(key)
+        ends = nnx.to_pure_dict(nnx.state(Ends(self.config, rngs=nnx.Rngs(params=ends_key))))
+        return {**ends, "layers": jax.vmap(block)(jax.random.split(layers_key, self.config.num_layers))}
+
+    def abstract(self) -> Params:
+        """Shapes and dtypes of params, as jax.ShapeDtypeStruct."""
+        return unflatten_named(
+            {
+                name: jax.ShapeDtypeStruct(self._layered(name) + variable.shape, variable.dtype)
+                for name, variable in self._graphs[2].items()
+            }
+        )
+
+    def axes(self) -> Params:
+        """The logical axes of params: a tuple of names for each leaf."""
+        return unflatten_named(
+            {
+                name: ("layers",) * len(self._layered(name)) + variable.get_metadata()["axes"]
+                for name, variable in self._graphs[2].items()
+            }
+        )
+
+    def shardings(self, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
+        """Where params lie on the mesh: a NamedSharding for each leaf."""
+        rules = rules or ShardingRules()
+        named = {name: rules.sharding(axes, mesh) for name, axes in flatten_named(self.axes()).items()}
+        return unflatten_named(named)
+
+    def _layered(self, name: str) -> tuple[int, ...]:
+        return (self.config.num_layers,) if name.startswith("layers/") else ()
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the base; tied embeddings count once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+
+    def sites(self) -> dict[str, SiteInfo]:
+        """The linear maps an adapter may act on, in the order of the forward pass."""
+        abstract, axes = flatten_named(self.abstract()), flatten_named(self.axes())
+        found = {}
+        for site in (*LAYER_SITES, *(() if self.config.tied_embeddings else ("lm_head",))):
+            kernel = _kernel_name(site)
+            layers = self.config.num_layers if site.startswith("layers.") else 0
+            d_in, d_out = abstract[kernel].shape[-2:]
+            found[site] = SiteInfo(name=site, d_in=d_in, d_out=d_out, layers=layers, axes=axes[kernel][-2:])
+        return found
+
+    def site_weight(self, params: Params, site: str) -> jax.Array:
+        """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered."""
+        self._check_site(site)
+        return flatten_named(params)[_kernel_name(site)]
+
+    def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:
+        """params with another weight at a site, of the same shape; the other leaves are shared."""
+        old = self.site_weight(params, site)
+        if weight.shape != old.shape:
+            raise SiteError(f"the weight at {site} has shape {old.shape}; it cannot become {weight.shape}")
+        return unflatten_named({**flatten_named(params), _kernel_name(site): weight.astype(old.dtype)})
+
+    def _check_site(self, site: str) -> None:
+        sites = self.sites()
+        if site not in sites:
+            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+
+    def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
+        """Rows of the embedding table, [B, T, D] in the compute dtype."""
+        return self._ends(params).embed(tokens_BxT, self.config.dtype)
+
+    def hidden(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        *,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        adapt: Adapt = NO_ADAPT,
+        remat: bool = False,
+        embedded_BxTxD: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """(hidden states after the last norm [B, T, D], the cache with these tokens written).
+
+        positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
+        segment only, and 0 is padding. With a cache a token is written at its position and sees positions 0..its own;
+        a token at -1, or past the cache's end, is not written. remat: recompute each layer in the backward pass
+        instead of keeping its activations. embedded_BxTxD: used in place of the tokens' embeddings, for gradients with
+        respect to them. Raises ConfigError for segments together with a cache.
+        """
+        batch, length = tokens_BxT.shape
+        if cache is not None and segments_BxT is not None:
+            raise ConfigError("segments are for packed rows without a cache: give each segment a row of its own")
+        if positions_BxT is None:
+            positions_BxT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+            segments_BxT = jnp.ones_like(positions_BxT) if segments_BxT is None else segments_BxT
+        if cache is not None:
+            mask_BxTxS = cache_mask(positions_BxT, cache.length)
+        else:
+            given = segments_BxT is not None
+            mask_BxTxS = packed_mask(segments_BxT if given else (positions_BxT >= 0).astype(jnp.int32))
+        rope = cos_sin(self.config, positions_BxT)
+        x_BxTxD = self.embed(params, tokens_BxT) if embedded_BxTxD is None else embedded_BxTxD
+        context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT)
+        block = self._graphs[0]
+        x_BxTxD, cache = scan_blocks(block, params["layers"], adapt.layers, x_BxTxD, context, cache, remat=remat)
+        return self._ends(params).final_norm(x_BxTxD), cache
+
+    def logits(self, params: Params, x: jax.Array, adapt: Adapt = NO_ADAPT) -> jax.Array:
+        """Hidden states [..., D] to float32 logits [..., V]."""
+        return self._ends(params).logits(x, adapt.outer).astype(jnp.float32)
+
+    def __call__(
+        self,
+        params: Params,
+        tokens_BxT: jax.Array,
+        *,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+        adapt: Adapt = NO_ADAPT,
+        remat: bool = False,
+    ) -> jax.Array:
+        """float32 logits [B, T, V]; the arguments are those of `hidden`."""
+        x_BxTxD, _ = self.hidden(
+            params, tokens_BxT, positions_BxT=positions_BxT, segments_BxT=segments_BxT, adapt=adapt, remat=remat
+        )
+        return self.logits(params, x_BxTxD, adapt)
+
+    def _ends(self, params: Params) -> Any:
+        return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name != "layers"})
+
+
+def _kernel_name(site: str) -> str:
+    return site.replace(".", "/") + "/kernel"

@@ -1,0 +1,107 @@
+"""The decoder block, the parts around the stack of blocks, and the scan over the stack."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from popax.modeling.attention import Attention
+from popax.modeling.cache import KVCache, LayerCache
+from popax.modeling.config import ModelConfig
+from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
+from popax.types import SiteFn
+
+
+class Block(nnx.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        # Two additions a layer: the residual stream keeps its variance at any depth (GPT-2's start).
+        shrink = 1 / math.sqrt(2 * config.num_layers)
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
+        self.attn = Attention(config, rngs=rngs, out_std=shrink / math.sqrt(config.num_heads * config.head_dim))
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
+        self.mlp = SwiGLU(
+            config.embed_dim,
+            config.ffw_dim,
+            bias=config.mlp_bias,
+            param_dtype=config.param_dtype,
+            rngs=rngs,
+            out_std=shrink / math.sqrt(config.ffw_dim),
+        )
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask_BxTxS: jax.Array,
+        site_fn: SiteFn,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), rope, mask_BxTxS, site_fn, cache)
+        x_BxTxD = x_BxTxD + attended_BxTxD
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD), site_fn), cache
+
+
+class Ends(nnx.Module):
+    """What is not a layer: the embedding, the last norm, and the head where it is not tied to the embedding."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.embed = Embed(config.vocab_size, config.embed_dim, param_dtype=config.param_dtype, rngs=rngs)
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
+        self.lm_head = None if config.tied_embeddings else Head(config, rngs=rngs)
+
+    def logits(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
+        return self.embed.attend(x) if self.lm_head is None else self.lm_head(x, site_fn)
+
+
+class Head(Linear):
+    """The linear map to logits, which are float32 whatever the activations are."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape, options = (config.embed_dim, config.vocab_size), {"param_dtype": config.param_dtype, "rngs": rngs}
+        super().__init__("lm_head", shape, ("embed", "vocab"), bias=False, std=0.02, **options)
+
+    def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
+        kernel_DxV = self.kernel[...].astype(x.dtype)
+        y = jnp.einsum("...d,dv->...v", x, kernel_DxV, preferred_element_type=jnp.float32)
+        return site_fn(self.site, x, y)
+
+
+class Context(NamedTuple):
+    """What every layer reads besides its input: (cos, sin) of the positions, the mask, and the positions."""
+
+    rope: tuple[jax.Array, jax.Array]
+    mask_BxTxS: jax.Array
+    positions_BxT: jax.Array
+
+
+def scan_blocks(
+    graphdef: nnx.GraphDef,
+    layers: Any,
+    site_fns: Any,
+    x_BxTxD: jax.Array,
+    context: Context,
+    cache: KVCache | None,
+    *,
+    remat: bool,
+) -> tuple[jax.Array, KVCache | None]:
+    """All blocks, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices."""
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+
+    def body(carry: tuple[jax.Array, KVCache | None], xs: tuple[Any, Any, jax.Array]):
+        (x_BxTxD, cache), (params, site_fn, layer) = carry, xs
+        view = None
+        if cache is not None:
+            view = LayerCache(cache=cache, layer=layer, positions_BxT=context.positions_BxT)
+        block = nnx.merge(graphdef, params)
+        x_BxTxD, view = block(x_BxTxD, context.rope, context.mask_BxTxS, site_fn, view)
+        return (x_BxTxD, None if view is None else view.cache), None
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    xs = (layers, site_fns, jnp.arange(num_layers, dtype=jnp.int32))
+    carry, _ = jax.lax.scan(body, (x_BxTxD, cache), xs)
+    return carry

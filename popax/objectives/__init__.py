@@ -1,0 +1,1 @@
+"""Objectives: losses written for one user. The population vmaps them."""

@@ -1,0 +1,1 @@
+"""A population: many users' adapters and optimizers on one leading axis, trained in one compiled step."""

@@ -1,0 +1,49 @@
+"""Who sits in which slot, and who is next. Plain host data: a pure function of what was admitted and released."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from popax.errors import PopulationError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotTable:
+    """users[i] sits in slot i (None: unused) since iteration since[i]; `next` indexes the queue.
+
+    The table is immutable: every change is a new one, so a checkpoint can hold it and a resumed run repeats it.
+    """
+
+    users: tuple[str | None, ...]
+    since: tuple[int, ...]
+    next: int
+
+    @classmethod
+    def empty(cls, slots: int) -> "SlotTable":
+        if slots < 1:
+            raise PopulationError(f"slots={slots}: a population needs at least one")
+        return cls(users=(None,) * slots, since=(0,) * slots, next=0)
+
+    @property
+    def occupied(self) -> list[int]:
+        return [slot for slot, user in enumerate(self.users) if user is not None]
+
+    def release(self, slots: Sequence[int]) -> "SlotTable":
+        """The same table with these slots unused."""
+        gone = set(slots)
+        return dataclasses.replace(
+            self, users=tuple(None if slot in gone else user for slot, user in enumerate(self.users))
+        )
+
+    def admit(self, queue: Sequence[str], iteration: int) -> tuple["SlotTable", list[tuple[int, str]]]:
+        """Seat the queue's next users in the unused slots, in order; returns the table and the (slot, user) pairs."""
+        users, since, index, seated = list(self.users), list(self.since), self.next, []
+        for slot, user in enumerate(users):
+            if user is None and index < len(queue):
+                users[slot], since[slot] = queue[index], iteration
+                seated.append((slot, queue[index]))
+                index += 1
+        return SlotTable(users=tuple(users), since=tuple(since), next=index), seated
+
+    def local_steps(self, iteration: int) -> list[int]:
+        """How many iterations each slot's user has been seated."""
+        return [iteration - start for start in self.since]

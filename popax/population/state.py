@@ -1,0 +1,139 @@
+"""The state of a population: one user's, with the population axis first on every leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from popax.adapters.cohort import Cohort
+from popax.population.optimizer import Optimizer
+from popax.sharding import ShardingRules
+from popax.types import AdapterState
+
+
+class HParams(NamedTuple):
+    """One user's own settings. max_steps: the user stops being active after this many steps."""
+
+    learning_rate: jax.Array  # float32
+    clip_norm: jax.Array  # float32, inf never clips
+    max_steps: jax.Array  # int32
+
+
+class Best(NamedTuple):
+    """The adapter at the user's best validation so far, and how many validations since have been no better."""
+
+    adapter: AdapterState
+    loss: jax.Array  # float32 nats per target
+    step: jax.Array  # int32, at which it was taken
+    checked: jax.Array  # int32, the step of the latest validation; -1 before the first
+    stale: jax.Array  # int32
+
+
+class PopulationState(NamedTuple):
+    """One member's state, or N members' with N first on every leaf: one `in_axes=0` fits any optimizer's state.
+
+    An inactive member is an unused slot, a finished user or one that stopped early: its bytes do not change. skipped
+    counts steps whose loss or gradient was not finite. best is None where early stopping is off.
+    """
+
+    step: jax.Array  # int32
+    active: jax.Array  # bool
+    adapters: AdapterState
+    opt_state: Any
+    hparams: HParams
+    rng: jax.Array  # uint32 key data of the member's own stream
+    skipped: jax.Array  # int32
+    best: Best | None
+
+
+def hparams(*, learning_rate: float, max_steps: int, clip_norm: float = float("inf")) -> HParams:
+    """One user's settings as arrays."""
+    return HParams(
+        learning_rate=jnp.asarray(learning_rate, jnp.float32),
+        clip_norm=jnp.asarray(clip_norm, jnp.float32),
+        max_steps=jnp.asarray(max_steps, jnp.int32),
+    )
+
+
+def init_member(
+    cohort: Cohort,
+    optimizer: Optimizer,
+    key: jax.Array,
+    settings: HParams,
+    *,
+    adapter: AdapterState | None = None,
+    track_best: bool = False,
+    active: bool = True,
+) -> PopulationState:
+    """One user's state at step 0, fresh or from a given adapter (an earlier revision)."""
+    init_key, own_key = jax.random.split(key)
+    adapter = cohort.init(init_key) if adapter is None else adapter
+    return PopulationState(
+        step=jnp.zeros((), jnp.int32),
+        active=jnp.asarray(active),
+        adapters=adapter,
+        opt_state=optimizer(settings.learning_rate).init(adapter),
+        hparams=settings,
+        rng=jax.random.key_data(own_key),
+        skipped=jnp.zeros((), jnp.int32),
+        best=start_best(adapter) if track_best else None,
+    )
+
+
+def start_best(adapter: AdapterState) -> Best:
+    """No validation yet: any finite loss is an improvement."""
+    return Best(
+        adapter=adapter,
+        loss=jnp.asarray(jnp.inf, jnp.float32),
+        step=jnp.zeros((), jnp.int32),
+        checked=jnp.full((), -1, jnp.int32),
+        stale=jnp.zeros((), jnp.int32),
+    )
+
+
+def init_population(
+    cohort: Cohort, optimizer: Optimizer, keys_N: jax.Array, settings: HParams, *, track_best: bool = False
+) -> PopulationState:
+    """N fresh members; settings' leaves are [N] or scalars shared by all."""
+    population = keys_N.shape[0]
+    settings = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population,)), settings)
+    return jax.vmap(lambda key, own: init_member(cohort, optimizer, key, own, track_best=track_best))(keys_N, settings)
+
+
+def empty_population(
+    cohort: Cohort, optimizer: Optimizer, population: int, *, track_best: bool = False
+) -> PopulationState:
+    """N unused slots: inactive, adapters zero."""
+    fill = jax.eval_shape(
+        lambda keys: init_population(
+            cohort, optimizer, keys, hparams(learning_rate=0.0, max_steps=0), track_best=track_best
+        ),
+        jax.random.split(jax.random.key(0), population),
+    )
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fill)
+
+
+def selected_adapters(state: PopulationState) -> AdapterState:
+    """What a user keeps: the adapter at the best validation where that is tracked, else the last one."""
+    return state.adapters if state.best is None else state.best.adapter
+
+
+def population_shardings(cohort: Cohort, state: PopulationState, mesh: Mesh, rules: ShardingRules) -> PopulationState:
+    """A NamedSharding for every leaf: the population axis first, then what the base weight's own axes say.
+
+    Optimizer leaves that stand at an adapter leaf's place with its shape follow it; all others shard over users only.
+    """
+    by_suffix = {}
+    for site, leaves in cohort.axes().items():
+        for name, axes in leaves.items():
+            by_suffix[(site, name)] = (state.adapters[site][name].shape, ("population", *axes))
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: jax.Array):
+        suffix = tuple(entry.key for entry in path[-2:] if isinstance(entry, jax.tree_util.DictKey))
+        shape, axes = by_suffix.get(suffix, (None, ()))
+        if shape != leaf.shape:
+            axes = ("population",) + (None,) * (leaf.ndim - 1)
+        return rules.sharding(axes, mesh)
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, state)

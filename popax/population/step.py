@@ -1,0 +1,103 @@
+"""The training step: written for one user, vmapped over the population.
+
+No value crosses from one member to another: the base is unbatched and frozen, and each member has its own loss,
+gradient, clipping, optimizer, step count and guard.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from popax.adapters.apply import bind
+from popax.adapters.cohort import Cohort
+from popax.objectives.base import Objective, Sums
+from popax.population.optimizer import Optimizer, Schedule, clip_by_global_norm
+from popax.population.state import PopulationState
+from popax.types import AdapterState, Batch, Params
+
+
+class StepMetrics(NamedTuple):
+    """One member's step, or [N] of them. ran is False for an inactive member and for a step that was skipped."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    ran: jax.Array
+    sums: Sums
+
+
+MemberStep = Callable[[Params, AdapterState, PopulationState, Batch], tuple[PopulationState, StepMetrics]]
+
+
+def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, schedule: Schedule) -> MemberStep:
+    """step(base, shared, member, batch) -> (member, metrics) for ONE user.
+
+    A non-finite loss or gradient leaves the member's adapter and optimizer as they were and is counted; an inactive
+    member keeps every byte. The step count moves on skipped steps too, so that a poisonous batch is not met again.
+    """
+
+    def step(
+        base: Params, shared: AdapterState, member: PopulationState, batch: Batch
+    ) -> tuple[PopulationState, StepMetrics]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(member.rng), member.step)
+
+        def loss_of(adapter: AdapterState) -> tuple[jax.Array, Sums]:
+            return objective(base, bind(cohort, adapter, shared, dropout_key=key), batch)
+
+        (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(member.adapters)
+        grads, grad_norm = clip_by_global_norm(grads, member.hparams.clip_norm)
+        learning_rate = member.hparams.learning_rate * schedule(member.step, member.hparams.max_steps)
+        updates, opt_state = optimizer(learning_rate).update(grads, member.opt_state, member.adapters)
+        adapters = optax.apply_updates(member.adapters, updates)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        ran = member.active & finite
+        adapters, opt_state = _keep_unless(ran, (adapters, opt_state), (member.adapters, member.opt_state))
+        count = member.step + member.active.astype(jnp.int32)
+        return (
+            member._replace(
+                step=count,
+                active=member.active & (count < member.hparams.max_steps),
+                adapters=adapters,
+                opt_state=opt_state,
+                skipped=member.skipped + (member.active & ~finite).astype(jnp.int32),
+            ),
+            StepMetrics(loss, grad_norm, learning_rate, ran, sums),
+        )
+
+    return step
+
+
+def _keep_unless(accept: jax.Array, new, old):
+    return jax.tree.map(lambda fresh, kept: jnp.where(accept, fresh, kept), new, old)
+
+
+def population_step(
+    cohort: Cohort,
+    objective: Objective,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    spmd_axis_name: str | None = None,
+) -> MemberStep:
+    """step(base, shared, state, batch) for N users at once: `jax.vmap` of `member_step`, state and batch with N first.
+
+    spmd_axis_name: the mesh axis that shards the population, so that constraints inside the model keep it.
+    """
+    return jax.vmap(
+        member_step(cohort, objective, optimizer, schedule), in_axes=(None, None, 0, 0), spmd_axis_name=spmd_axis_name
+    )
+
+
+def population_loss(
+    cohort: Cohort, objective: Objective, *, spmd_axis_name: str | None = None
+) -> Callable[[Params, AdapterState, AdapterState, Batch], Sums]:
+    """sums(base, shared, adapters, batch) for N users at once, without dropout."""
+
+    def one(base: Params, shared: AdapterState, adapter: AdapterState, batch: Batch) -> Sums:
+        return objective(base, bind(cohort, adapter, shared), batch)[1]
+
+    return jax.vmap(one, in_axes=(None, None, 0, 0), spmd_axis_name=spmd_axis_name)

@@ -1,0 +1,1 @@
+"""Serving: mixed users in one batch."""

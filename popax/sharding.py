@@ -1,0 +1,57 @@
+"""Logical axis names -> mesh axes, in one place."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from popax.errors import ConfigError
+
+MeshAxes = str | tuple[str, ...] | None
+
+DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
+    ("population", "population"),
+    ("batch", None),
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("ffw", "tensor"),
+    ("vocab", "tensor"),
+    ("norm", None),
+    ("rank", None),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """Which mesh axes shard each logical axis; mesh axes that a mesh lacks are ignored, so one table fits all meshes."""
+
+    rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
+
+    def spec(self, axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes. Raises ConfigError on an unknown logical axis."""
+        table = dict(self.rules)
+        taken: set[str] = set()
+        entries: list[Any] = []
+        for axis in axes:
+            if axis is not None and axis not in table:
+                raise ConfigError(f"logical axis {axis!r} has no sharding rule; the rules know {', '.join(table)}")
+            wanted = table[axis] if axis is not None else None
+            names = (wanted,) if isinstance(wanted, str) else (wanted or ())
+            # A mesh axis may shard one dimension of an array only: the first that asks for it gets it.
+            names = tuple(name for name in names if name in mesh.axis_names and name not in taken)
+            taken.update(names)
+            entries.append(names[0] if len(names) == 1 else (names or None))
+        return PartitionSpec(*entries)
+
+    def sharding(self, axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+        """`spec` bound to the mesh."""
+        return NamedSharding(mesh, self.spec(axes, mesh))
+
+
+def shard_tree(tree: Any, shardings: Any) -> Any:
+    """Put every leaf where its sharding says."""
+    return jax.tree.map(jax.device_put, tree, shardings)

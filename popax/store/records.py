@@ -1,0 +1,118 @@
+"""Small records under safe keys: JSON that detects a changed bit, and key names that no user id can steer."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from popax.errors import CatalogError
+
+_HEAD = '{"check":"'
+_CHECK_DIGITS = 16
+_PREFIX_BYTES = len(_HEAD) + _CHECK_DIGITS + len('",')
+
+
+class BrokenRecordError(ValueError):
+    """The record's bytes are not those that were written. Internal: readers say whose record it is."""
+
+
+def seal(record: Mapping[str, Any]) -> bytes:
+    """The record as JSON whose first entry checks the bytes of the rest (64 bits of their sha256)."""
+    body = canonical(record).encode()[1:]
+    return f'{_HEAD}{_check(body)}",'.encode() + body
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The inverse of `seal`. Raises BrokenRecordError where a single bit differs."""
+    body = data[_PREFIX_BYTES:]
+    if data[:_PREFIX_BYTES] != f'{_HEAD}{_check(body)}",'.encode():
+        raise BrokenRecordError("the record does not match its own check")
+    return json.loads(b"{" + body)
+
+
+def canonical(value: Any) -> str:
+    """One JSON text per value: sorted keys, no spaces. NumPy and JAX scalars and small arrays become plain numbers.
+
+    Raises CatalogError on what JSON cannot hold.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+    except (TypeError, ValueError) as error:
+        raise CatalogError(f"cannot be stored as JSON: {error}; pass strings, numbers, lists and dicts only") from error
+
+
+def as_stored(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The record as it will be read back: {} for None, plain numbers, lists for tuples."""
+    return json.loads(canonical(record)) if record else {}
+
+
+def text_digest(*parts: str) -> str:
+    """sha256 over the parts with their lengths, so that no two lists of parts share a digest."""
+    joined = b"".join(len(raw).to_bytes(8, "little") + raw for raw in (part.encode() for part in parts))
+    return hashlib.sha256(joined).hexdigest()
+
+
+def user_hash(user: str) -> str:
+    """128 bits of the id's sha256, as hex: the only form in which an id enters a key.
+
+    Ids are compared by their exact code points: two that merely look alike, or differ in case, are two users.
+    Raises CatalogError on an empty id and on one that UTF-8 cannot hold.
+    """
+    if not isinstance(user, str) or not user:
+        raise CatalogError(f"user id {user!r}: a user id is a non-empty string")
+    try:
+        return hashlib.sha256(user.encode()).hexdigest()[:32]
+    except UnicodeEncodeError as error:
+        raise CatalogError(
+            f"user id {shown(user)} holds the lone surrogate U+{ord(user[error.start]):04X}, which UTF-8 cannot store; "
+            "decode the id properly where it enters"
+        ) from error
+
+
+def shown(user: str) -> str:
+    """The id as a message may print it: escaped, and short."""
+    text = ascii(user)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(user)} characters)"
+
+
+def user_key(user: str) -> str:
+    return f"user/{user_hash(user)}"
+
+
+def manifest_prefix(user: str) -> str:
+    return f"manifest/{user_hash(user)}/"
+
+
+def manifest_key(user: str, revision: int) -> str:
+    """Zero-padded, so that keys sort as revisions do."""
+    return f"{manifest_prefix(user)}{revision:010d}"
+
+
+def cohort_key(cohort: str) -> str:
+    return f"cohort/{cohort}"
+
+
+def next_row_key(cohort: str) -> str:
+    return f"next_row/{cohort}"
+
+
+def rows_path(cohort: str) -> str:
+    return f"rows/{cohort}/"
+
+
+def shared_key(digest: str) -> str:
+    return f"shared/{digest}"
+
+
+def _check(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()[:_CHECK_DIGITS]
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} {value!r}")

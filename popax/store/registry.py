@@ -1,0 +1,113 @@
+"""The cohorts of a catalog: found, registered once, and their arrays opened."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from popax.adapters.base import AdapterConfig, SiteSpec
+from popax.errors import CatalogError
+from popax.store.cohort import StoredCohort
+from popax.store.database import Database, is_conflict, storage_error, storage_errors
+from popax.store.layout import RowLayout, row_digest
+from popax.store.records import BrokenRecordError, cohort_key, rows_path, seal, shared_key, unseal
+from popax.types import AdapterState
+
+
+class CohortRegistry:
+    """Reads each cohort's record and opens its rows at most once; both never change after registration."""
+
+    def __init__(self, database: Database):
+        self._database = database
+        self._cohorts: dict[str, StoredCohort] = {}
+        self._rows: dict[str, ts.TensorStore] = {}
+
+    def find(self, name: str) -> StoredCohort | None:
+        """The cohort of this id, None where the catalog has none."""
+        if name not in self._cohorts:
+            with storage_errors(self._database.place):
+                found = self._database.kvstore.read(cohort_key(name)).result()
+            if found.state != "value":
+                return None
+            try:
+                self._cohorts[name] = StoredCohort.from_dict(unseal(found.value))
+            except BrokenRecordError as error:
+                raise CatalogError(f"the record of cohort {name} is corrupt: {error}; restore the files") from error
+        return self._cohorts[name]
+
+    def known(self, name: str) -> StoredCohort:
+        """The cohort of this id. Raises CatalogError where the catalog has none."""
+        cohort = self.find(name)
+        if cohort is None:
+            raise CatalogError(f"{self._database.place!r} has no cohort {name}; was it registered in another catalog?")
+        return cohort
+
+    def rows(self, cohort: StoredCohort) -> ts.TensorStore:
+        """The cohort's rows, uint8 [capacity, row_bytes]."""
+        if cohort.id not in self._rows:
+            self.known(cohort.id)
+            with storage_errors(self._database.place):
+                path = rows_path(cohort.id)
+                self._rows[cohort.id] = self._database.rows(path, cohort.layout.row_bytes, create=False)
+        return self._rows[cohort.id]
+
+    def shared(self, cohort: StoredCohort) -> AdapterState:
+        """The frozen arrays that all of the cohort's users share: {} where its method has none."""
+        if cohort.shared_digest is None or cohort.shared_layout is None:
+            return {}
+        with storage_errors(self._database.place):
+            found = self._database.kvstore.read(shared_key(cohort.shared_digest)).result()
+        row = np.frombuffer(found.value, np.uint8)
+        if row_digest(row) != cohort.shared_digest:
+            raise CatalogError(
+                f"the shared arrays {cohort.shared_digest} of cohort {cohort.id} are corrupt; make them again from the "
+                f"base {cohort.base_digest}, or restore the catalog's files"
+            )
+        return cohort.shared_layout.unpack(row)
+
+    def find_or_register(
+        self,
+        config: AdapterConfig,
+        specs: Mapping[str, SiteSpec],
+        base_digest: str,
+        layout: RowLayout,
+        shared: Mapping[str, Any] | None,
+        *,
+        read_only: bool,
+    ) -> StoredCohort:
+        """See `Catalog.cohort`."""
+        if not layout.row_bytes:
+            raise CatalogError("the adapters of this cohort have no bytes; give the config at least one target")
+        wanted = StoredCohort.of(config, specs, base_digest, layout, shared)
+        found = self.find(wanted.id)
+        if found is None and read_only:
+            raise CatalogError(f"cannot register cohort {wanted.id}: {self._database.place!r} was opened read-only")
+        if found is None:
+            self._register(wanted, shared)
+            found = self.known(wanted.id)
+        if shared and found.shared_digest != wanted.shared_digest:
+            raise CatalogError(
+                f"cohort {found.id} has shared arrays of digest {found.shared_digest}, not {wanted.shared_digest}: its "
+                "users were trained with those; use catalog.shared(cohort) instead of making them again"
+            )
+        return found
+
+    def _register(self, cohort: StoredCohort, shared: Mapping[str, Any] | None) -> None:
+        transaction = ts.Transaction(atomic=True, repeatable_read=True)
+        store = self._database.kvstore.with_transaction(transaction)
+        try:
+            # The array alone means nothing: the cohort exists once its record does.
+            self._database.rows(rows_path(cohort.id), cohort.layout.row_bytes, create=True)
+            if store.read(cohort_key(cohort.id)).result().state == "value":
+                return
+            if shared and cohort.shared_layout:
+                packed = cohort.shared_layout.pack(shared).tobytes()
+                store.write(shared_key(str(cohort.shared_digest)), packed).result()
+            store.write(cohort_key(cohort.id), seal(cohort.to_dict())).result()
+            transaction.commit_sync()
+        except (ValueError, OSError) as error:
+            if not is_conflict(error):  # a conflict: another process registered it
+                raise storage_error(self._database.place, error) from error
+        finally:
+            transaction.abort()

@@ -1,0 +1,51 @@
+"""What a training run is: frozen, keyword-only, and the same for every user of the run."""
+
+import dataclasses
+
+from popax.adapters.base import AdapterConfig
+from popax.errors import ConfigError
+from popax.population.early_stop import EarlyStop
+from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A population run. steps is each user's own number; slots is how many users share one compiled step.
+
+    users with fewer rows than steps * batch_size see them at most max_epochs times. checkpoint_every counts iterations
+    of the whole population. early_stop: None trains every user to the last step and keeps the last adapter.
+    """
+
+    adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
+    slots: int = 32
+    steps: int = 100
+    learning_rate: float = 1e-3
+    clip_norm: float = 1.0
+    max_epochs: float = float("inf")
+    optimizer: Optimizer = dataclasses.field(default_factory=adamw)
+    schedule: Schedule = dataclasses.field(default_factory=warmup_cosine)
+    early_stop: EarlyStop | None = EarlyStop()  # noqa: RUF009 - frozen
+    checkpoint_every: int = 100
+    seed: int = 0
+    remat: bool = False
+
+    def __post_init__(self):
+        for name in ("slots", "steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:
+            raise ConfigError(
+                f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: "
+                "the rate is not negative, the others are positive (inf switches them off)"
+            )
+
+    @property
+    def round_length(self) -> int:
+        """Iterations between two looks at who has finished: the validation interval."""
+        return self.early_stop.every if self.early_stop else min(10, self.steps)
+
+    def steps_for(self, rows: int, batch_size: int) -> int:
+        """This user's own number of steps, from the rows of text they have."""
+        if self.max_epochs == float("inf"):
+            return self.steps
+        return max(1, min(self.steps, round(self.max_epochs * rows / batch_size)))

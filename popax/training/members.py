@@ -1,0 +1,159 @@
+"""Where a user's training starts, and where it ends up: the catalog on both sides, each on threads of its own."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from popax.adapters.cohort import Cohort
+from popax.population.state import PopulationState, hparams, init_member
+from popax.store.catalog import Catalog
+from popax.training.config import TrainConfig
+from popax.types import AdapterState
+
+
+def user_key(seed: int, user: str) -> jax.Array:
+    """A key that depends on the seed and the user's id alone, not on the slot or on who sits beside."""
+    word = int.from_bytes(hashlib.sha256(user.encode()).digest()[:4], "little")
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(word))
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A member ready to be seated, and the revision it continues (None: fresh)."""
+
+    member: PopulationState
+    parent: int | None
+
+
+class MemberSource:
+    """Prepares members ahead of time: fresh ones, or ones that continue the user's latest revision.
+
+    Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        config: TrainConfig,
+        *,
+        steps_of: Callable[[str], int],
+        warm_up: Callable[[str], Any],
+        catalog: Catalog | None = None,
+        base_digest: str = "",
+        run: str = "",
+        threads: int = 2,
+    ):
+        self._cohort, self._config, self._steps_of, self._warm_up = cohort, config, steps_of, warm_up
+        self._catalog, self._base_digest, self._run = catalog, base_digest, run
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
+        self._pending: dict[str, concurrent.futures.Future[Start]] = {}
+        make = lambda key, settings, adapter: init_member(  # noqa: E731
+            cohort, config.optimizer, key, settings, adapter=adapter, track_best=config.early_stop is not None
+        )
+        self._fresh = jax.jit(lambda key, settings: make(key, settings, None))
+        self._continued = jax.jit(make)
+
+    def prefetch(self, users: Sequence[str]) -> None:
+        """Start loading these users; `start` then finds them ready."""
+        for user in users:
+            if user not in self._pending:
+                self._pending[user] = self._pool.submit(self._load, user)
+
+    def start(self, user: str) -> Start:
+        """This user's member; waits for its load."""
+        self.prefetch([user])
+        return self._pending.pop(user).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, user: str) -> Start:
+        self._warm_up(user)
+        settings = hparams(
+            learning_rate=self._config.learning_rate,
+            clip_norm=self._config.clip_norm,
+            max_steps=self._steps_of(user),
+        )
+        key = user_key(self._config.seed, user)
+        parent = self._parent(user)
+        if parent is None:
+            return Start(self._fresh(key, settings), None)
+        assert self._catalog is not None
+        adapter, _ = self._catalog.load(user, parent, base_digest=self._base_digest)
+        return Start(self._continued(key, settings, adapter), parent)
+
+    def _parent(self, user: str) -> int | None:
+        if self._catalog is None or not self._catalog.exists(user):
+            return None
+        earlier = [entry.revision for entry in self._catalog.history(user) if entry.run != self._run]
+        return max(earlier, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One user's result, still on the device; `counters` are the member's own (steps, kept_step, skipped)."""
+
+    user: str
+    adapter: AdapterState
+    counters: dict[str, Any]
+    metrics: dict[str, float]
+    parent: int | None
+
+
+class RevisionWriter:
+    """Writes finished users behind the training step, several in one transaction.
+
+    `flush` returns when everything handed over is durable; a failed write is raised by the next call.
+    """
+
+    def __init__(self, commit: Callable[[Sequence[Finished]], None], *, capacity: int = 256):
+        self._commit = commit
+        self._queue: queue.Queue[Finished | None] = queue.Queue(capacity)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="popax-write", daemon=True)
+        self._thread.start()
+
+    def put(self, finished: Finished) -> None:
+        """Hand over one user; waits while `capacity` users are in flight."""
+        self._raise_failure()
+        self._queue.put(finished)
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is committed."""
+        self._queue.join()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Flush and stop the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            finished = [entry for entry in batch if entry is not None]
+            try:
+                # After a failure nothing more is written: the run stops at its next call, and resumes from there.
+                if finished and self._failure is None:
+                    self._commit(finished)
+            except BaseException as error:
+                self._failure = error
+            finally:
+                for _ in batch:
+                    self._queue.task_done()
+            if None in batch:
+                return

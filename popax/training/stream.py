@@ -1,0 +1,168 @@
+"""A population larger than its slots: users take a seat, train, are written back, and make room for the next.
+
+All decisions fall at the end of a round (a fixed number of iterations) and depend on the state alone, never on timing,
+so that a run resumed from any checkpoint is bitwise the run that was never stopped.
+"""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popax.adapters.cohort import Cohort
+from popax.population.slots import SlotTable
+from popax.population.state import PopulationState, empty_population
+from popax.population.step import StepMetrics
+from popax.training.compiled import Programs
+from popax.training.config import TrainConfig
+from popax.training.members import Finished, MemberSource, RevisionWriter
+from popax.types import AdapterState, Batch, Params
+
+
+class UserData(Protocol):
+    """The data side of a run (popax.data.pipeline.UserPipeline)."""
+
+    def population(self, users: Sequence[str | None], steps: Sequence[int]) -> Batch: ...
+    def evaluation(self, users: Sequence[str | None], split: str, max_rows: int | None = None) -> Batch: ...
+
+
+class Progress(NamedTuple):
+    """Where a run stands: `iteration` of the population, the seats, and what each seat's user continues."""
+
+    iteration: int
+    table: SlotTable
+    parents: tuple[int | None, ...]
+    state: PopulationState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a run tells the outside: after each iteration, each round (with the round's metrics), each checkpoint."""
+
+    on_round: Callable[[Progress, list[StepMetrics]], None] = lambda progress, metrics: None
+    save: Callable[[Progress], None] = lambda progress: None
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+class PopulationStream:
+    """Trains a queue of users through the slots of one compiled step."""
+
+    def __init__(
+        self,
+        *,
+        base: Params,
+        shared: AdapterState,
+        cohort: Cohort,
+        config: TrainConfig,
+        programs: Programs,
+        data: UserData,
+        queue: Sequence[str],
+        source: MemberSource,
+        writer: RevisionWriter,
+        validation_rows: int = 4,
+        hooks: Hooks | None = None,
+        place: Callable[[Any], Any] = lambda tree: tree,
+    ):
+        self._base, self._shared, self._cohort, self._config = base, shared, cohort, config
+        self._programs, self._data, self._queue = programs, data, list(queue)
+        self._source, self._writer, self._hooks = source, writer, hooks or Hooks()
+        self._validation_rows, self._place = validation_rows, place
+        self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
+
+    def fresh(self) -> Progress:
+        """All slots empty, nobody trained."""
+        slots = self._config.slots
+        state = empty_population(
+            self._cohort, self._config.optimizer, slots, track_best=self._config.early_stop is not None
+        )
+        return Progress(0, SlotTable.empty(slots), (None,) * slots, self._place(state))
+
+    def run(self, progress: Progress | None = None) -> Progress:
+        """Train everyone in the queue. Returns early, after a checkpoint, when a stop is requested."""
+        progress = self._seat(self.fresh()) if progress is None else progress
+        try:
+            while progress.table.occupied:
+                progress, metrics = self._round(progress)
+                self._hooks.on_round(progress, metrics)
+                if self._hooks.stop_requested() or self._at_checkpoint(progress):
+                    self._checkpoint(progress)
+                if self._hooks.stop_requested():
+                    return progress
+            self._checkpoint(progress)
+            return progress
+        finally:
+            self._batches.shutdown(wait=True, cancel_futures=True)
+
+    def _at_checkpoint(self, progress: Progress) -> bool:
+        every, length = self._config.checkpoint_every, self._config.round_length
+        return progress.iteration // every > (progress.iteration - length) // every
+
+    def _checkpoint(self, progress: Progress) -> None:
+        # Users who left their seats are in no checkpoint: they must be durable before it replaces the previous one.
+        self._writer.flush()
+        self._hooks.save(progress)
+
+    def _round(self, progress: Progress) -> tuple[Progress, list[StepMetrics]]:
+        """One round of steps, then validation, write-back and new seats."""
+        metrics, state, iteration, table = [], progress.state, progress.iteration, progress.table
+        batch = self._submit(table, iteration)
+        for index in range(self._config.round_length):
+            ready = batch.result()
+            if index + 1 < self._config.round_length:
+                batch = self._submit(table, iteration + 1)  # built while the device runs this step
+            state, step_metrics = self._programs.step(self._base, self._shared, state, ready)
+            metrics.append(step_metrics)
+            iteration += 1
+        progress = progress._replace(iteration=iteration, state=self._validate(state, table))
+        return self._seat(self._write_back(progress)), metrics
+
+    def _submit(self, table: SlotTable, iteration: int) -> concurrent.futures.Future[Batch]:
+        return self._batches.submit(
+            lambda: self._place(self._data.population(table.users, table.local_steps(iteration)))
+        )
+
+    def _validate(self, state: PopulationState, table: SlotTable) -> PopulationState:
+        if self._config.early_stop is None:
+            return state
+        rows = self._validation_rows
+        batch = self._data.evaluation(table.users, "validation", max_rows=rows)
+        # A fixed number of rows: otherwise the population's longest slice would decide a shape, and recompile.
+        batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)
+        sums = self._programs.loss(self._base, self._shared, state.adapters, self._place(batch))
+        return self._programs.observe(state, sums)
+
+    def _write_back(self, progress: Progress) -> Progress:
+        active = np.asarray(progress.state.active)
+        done = [slot for slot in progress.table.occupied if not active[slot]]
+        for slot in done:
+            adapter, counters = self._programs.take(progress.state, jnp.int32(slot))
+            best = progress.state.best
+            user = progress.table.users[slot]
+            assert user is not None
+            validation = {} if best is None else {"validation_loss": best.loss[slot]}
+            self._writer.put(Finished(user, adapter, counters, validation, progress.parents[slot]))
+        return progress._replace(table=progress.table.release(done))
+
+    def _seat(self, progress: Progress) -> Progress:
+        table, seated = progress.table.admit(self._queue, progress.iteration)
+        self._source.prefetch([user for _, user in seated])
+        self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
+        state, parents = progress.state, list(progress.parents)
+        for slot, user in seated:
+            start = self._source.start(user)
+            state = self._programs.seat(state, jnp.int32(slot), start.member)
+            parents[slot] = start.parent
+        if seated:
+            # The start counts as a candidate: a user whom training does not help keeps what they had.
+            state = self._validate(state, table)
+        return progress._replace(table=table, parents=tuple(parents), state=state)
+
+
+def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:
+    """Zero rows (padding, weight 0) up to exactly `rows`, or the first `rows`."""
+    missing = max(0, rows - leaf_NxMxT.shape[1])
+    return np.pad(leaf_NxMxT[:, :rows], ((0, 0), (0, missing), (0, 0)))

@@ -1,0 +1,80 @@
+"""The types that every floor speaks: a batch, a site, and what a model calls at a site.
+
+Shape letters: N population, B batch, T tokens, L layers, D embed, R rank, V vocab, S slots.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = dict[str, Any]  # nested dict of arrays: the base, or any model state
+AdapterState = dict[str, dict[str, jax.Array]]  # site -> leaf -> [L, ...] (one user) or [N, L, ...] (population)
+
+
+class Batch(NamedTuple):
+    """One user's packed tokens. A population's batch has the same leaves with a leading N.
+
+    tokens, targets: int32. weights: float32, 0 where the target carries no loss. positions: int32, restart at 0
+    in every segment. segments: int32, 0 is padding; a token attends only to its own segment. target_bytes: int32,
+    UTF-8 bytes that the target token stands for, so that nats become bits per byte.
+    """
+
+    tokens_BxT: jax.Array
+    targets_BxT: jax.Array
+    weights_BxT: jax.Array
+    positions_BxT: jax.Array
+    segments_BxT: jax.Array
+    target_bytes_BxT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiteInfo:
+    """One linear map of the model where an adapter may act: y = x W, W [layers, d_in, d_out] (layers = 0: unscanned).
+
+    axes: the logical axes of W's (d_in, d_out), from which adapter shardings are derived.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    layers: int
+    axes: tuple[str, str]
+
+
+class SiteFn(Protocol):
+    """y' = fn(site, x, y): x [..., D_in] enters the site, y [..., D_out] leaves it."""
+
+    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array: ...
+
+
+class Adapt(Protocol):
+    """What a model is given beside its weights.
+
+    `layers` is a pytree-callable whose leaves are [L, ...]; the model's layer scan slices it, and the slice is a
+    SiteFn for the sites named `layers.*`. `outer` is a SiteFn for every other site.
+    """
+
+    layers: Any
+    outer: Any
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NoAdapt:
+    """The base alone: every site returns y unchanged. Both an Adapt and a SiteFn; a pytree without leaves."""
+
+    @property
+    def layers(self) -> "NoAdapt":
+        return self
+
+    @property
+    def outer(self) -> "NoAdapt":
+        return self
+
+    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        del site, x
+        return y
+
+
+NO_ADAPT = NoAdapt()

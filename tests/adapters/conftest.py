@@ -1,0 +1,113 @@
+"""A small scanned model with popax's sites, and adapters on it that have really been trained."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from popax.adapters.apply import bind
+from popax.adapters.base import ALL_LINEAR, AdapterConfig, TargetRule
+from popax.adapters.cohort import Cohort
+from popax.types import NO_ADAPT, SiteInfo
+
+LAYERS = 3
+DIMS = {
+    "layers.attn.q_proj": (12, 8, ("embed", "heads")),
+    "layers.attn.o_proj": (8, 12, ("heads", "embed")),
+    "layers.mlp.up_proj": (12, 20, ("embed", "ffw")),
+    "layers.mlp.down_proj": (20, 12, ("ffw", "embed")),
+    "lm_head": (12, 17, ("embed", "vocab")),
+}
+SITES = {
+    name: SiteInfo(name=name, d_in=d_in, d_out=d_out, layers=0 if name == "lm_head" else LAYERS, axes=axes)
+    for name, (d_in, d_out, axes) in DIMS.items()
+}
+MIXED = (
+    TargetRule(pattern=r"layers\.1\.attn\..*", rank=2, alpha=3.0),
+    TargetRule(pattern=r"layers\.2\.mlp\.up_proj", rank=0),
+    TargetRule(pattern="lm_head", rank=3),
+    TargetRule(pattern=ALL_LINEAR),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """Two residual blocks a layer, scanned, and a head; the weights are a dict site -> [L, D, F] or [D, F]."""
+
+    sites: dict
+    mixed: tuple
+    weights: dict
+
+    def forward(self, weights, adapt, x_BxTxD):
+        def layer(h, operands):
+            own, site = operands
+            for inner, outer in (("attn.q_proj", "attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
+                inner, outer = f"layers.{inner}", f"layers.{outer}"
+                hidden = jnp.tanh(site(inner, h, h @ own[inner]))
+                h = h + site(outer, hidden, hidden @ own[outer])
+            return h, None
+
+        stacked = {name: weight for name, weight in weights.items() if name != "lm_head"}
+        h, _ = jax.lax.scan(layer, x_BxTxD, (stacked, adapt.layers))
+        return adapt.outer("lm_head", h, h @ weights["lm_head"])
+
+    def base(self, x):
+        return self.forward(self.weights, NO_ADAPT, x)
+
+    def x(self, seed=0, batch=4, tokens=5):
+        return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, tokens, 12)), jnp.float32)
+
+    def cohort(self, **settings):
+        return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": self.mixed} | settings)), self.sites)
+
+    def shared(self, cohort):
+        return _shared(self, cohort)
+
+    def run(self, cohort, adapter, x, **options):
+        return self.forward(self.weights, bind(cohort, adapter, self.shared(cohort), **options), x)
+
+    def trained(self, cohort, seed=0, steps=3):
+        """A fresh adapter after a few Adam steps on a random regression: non-zero where training makes it so."""
+        return _trained(self, cohort, seed, steps)
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@functools.cache
+def _shared(toy, cohort):
+    return cohort.shared(toy.weights.__getitem__)
+
+
+@functools.cache
+def _trained(toy, cohort, seed, steps):
+    target = jnp.asarray(np.random.default_rng(seed + 1).standard_normal((4, 5, 17)), jnp.float32)
+    optimizer = optax.adam(0.05)
+    loss = lambda adapter, x: jnp.mean((toy.run(cohort, adapter, x) - target) ** 2)  # noqa: E731
+
+    @jax.jit
+    def step(adapter, state, x):
+        with jax.numpy_dtype_promotion("standard"):  # optax's own bias correction is float ** int32
+            updates, state = optimizer.update(jax.grad(loss)(adapter, x), state, adapter)
+        return optax.apply_updates(adapter, updates), state
+
+    adapter = cohort.init(jax.random.key(seed))
+    state = optimizer.init(adapter)
+    for _ in range(steps):
+        adapter, state = step(adapter, state, toy.x(seed))
+    return adapter
+
+
+@pytest.fixture(scope="session")
+def toy():
+    rng = np.random.default_rng(5)
+    weights = {}
+    for name, info in SITES.items():
+        lead = (info.layers,) if info.layers else ()
+        weight = rng.standard_normal((*lead, info.d_in, info.d_out)) / np.sqrt(info.d_in)
+        weights[name] = jnp.asarray(weight, jnp.float32)
+    return Toy(sites=SITES, mixed=MIXED, weights=weights)

@@ -1,0 +1,224 @@
+"""One user is the semantics: what the population does to a member is what training that member alone does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from popax.adapters.apply import bind
+from popax.adapters.table import METHODS
+from popax.objectives.sft import sft
+from popax.population.optimizer import adamw, clip_by_global_norm, constant, lion, sgd, warmup_cosine
+from popax.population.state import (
+    empty_population,
+    hparams,
+    init_member,
+    init_population,
+    population_shardings,
+)
+from popax.population.step import member_step, population_step
+from popax.sharding import ShardingRules
+from popax.trees import member
+
+OPTIMIZERS = {
+    "adamw": adamw(weight_decay=0.1),
+    "sgd": sgd(momentum=0.9),
+    "lion": lion(),
+    "adafactor": lambda rate: optax.adafactor(rate, min_dim_size_to_factor=4),
+}
+USERS = 4
+
+
+def settings(users=USERS):
+    return hparams(learning_rate=1.0, max_steps=100, clip_norm=1.0)._replace(
+        learning_rate=jnp.asarray([1e-2, 3e-3, 1e-2, 1e-3][:users], jnp.float32)
+    )
+
+
+def fresh(bench, method, optimizer, users=USERS, **changes):
+    cohort = bench.cohort(method, **changes)
+    state = init_population(cohort, optimizer, jax.random.split(jax.random.key(1), users), settings(users))
+    return cohort, bench.shared(cohort), state
+
+
+def assert_close(left, right, tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), left, right)
+
+
+def assert_same_bytes(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_1_member_in_population_equals_member_alone(bench, random_batch, method, optimizer):
+    cohort, shared, state = fresh(bench, method, OPTIMIZERS[optimizer], dropout=0.1)
+    objective = sft(bench.model)
+    together = jax.jit(population_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine()))
+    alone = jax.jit(member_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine()))
+    single = [member(state, user) for user in range(USERS)]
+    for step in range(3):
+        batch = random_batch(USERS, seed=step)
+        state, metrics = together(bench.params, shared, state, batch)
+        for user in range(USERS):
+            single[user], own = alone(bench.params, shared, single[user], member(batch, user))
+            assert_close(member(metrics, user), own, 1e-5)
+    # Sign-like updates (lion, early adam) turn rounding into steps of the learning rate: the tolerance is that of fp32.
+    for user in range(USERS):
+        assert_close(member(state, user).adapters, single[user].adapters, 1e-6)
+        assert int(member(state, user).step) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_2_no_gradient_from_one_users_tokens_to_anothers_adapter(bench, random_batch, method):
+    cohort, shared, state = fresh(bench, method, adamw())
+    objective, batch = sft(bench.model), random_batch(USERS)
+
+    def loss_of_user(adapters, user):
+        losses = jax.vmap(lambda one, own: objective(bench.params, bind(cohort, one, shared), own)[0])(adapters, batch)
+        return losses[user]
+
+    for user in range(USERS):
+        grads = jax.jit(jax.grad(loss_of_user), static_argnums=1)(state.adapters, user)
+        for leaf in jax.tree.leaves(grads):
+            others = np.delete(np.asarray(leaf), user, axis=0)
+            assert not others.any(), "a gradient crossed from one user to another"
+        assert any(np.asarray(leaf[user]).any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_3_unused_slots_and_padded_columns_do_not_change(bench, random_batch, method, optimizer):
+    cohort, shared, state = fresh(bench, method, OPTIMIZERS[optimizer])
+    state = state._replace(active=jnp.asarray([True, False, True, True]))
+    step = jax.jit(population_step(cohort, sft(bench.model), OPTIMIZERS[optimizer], constant()))
+    after = state
+    for index in range(3):
+        after, metrics = step(bench.params, shared, after, random_batch(USERS, seed=index))
+    assert_same_bytes(member(after, 1), member(state, 1))
+    assert not bool(metrics.ran[1])
+    for name, spec in cohort.specs.items():
+        axes = cohort.axes()[name]
+        for leaf_name, leaf in after.adapters[name].items():
+            for axis, logical in enumerate(axes[leaf_name]):
+                if logical != "rank":
+                    continue
+                for layer, rank in enumerate(spec.ranks):
+                    beyond = np.take(np.asarray(leaf[:, layer]), range(rank, spec.rank), axis=axis)
+                    assert not beyond.any(), f"{name}.{leaf_name} layer {layer}: columns beyond rank {rank} moved"
+    changed = [
+        np.asarray(a != b).any() for a, b in zip(jax.tree.leaves(after.adapters), jax.tree.leaves(state.adapters))
+    ]
+    assert any(changed)
+
+
+def test_an_empty_slot_beside_a_user_changes_nothing(bench, random_batch):
+    cohort, shared, state = fresh(bench, "lora", adamw())
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    empty = empty_population(cohort, adamw(), USERS)
+    batch = jax.tree.map(jnp.zeros_like, random_batch(USERS))
+    after, metrics = step(bench.params, shared, empty, batch)
+    assert_same_bytes(after, empty)
+    assert np.isfinite(np.asarray(metrics.loss)).all()
+    assert jax.tree.structure(empty) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_users_nan_leaves_every_other_users_bytes(bench, random_batch, method):
+    cohort, shared, state = fresh(bench, method, adamw())
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    batch = random_batch(USERS)
+    poisoned = state._replace(
+        adapters=jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.adapters),
+    )
+    healthy_after, _ = step(bench.params, shared, state, batch)
+    after, metrics = step(bench.params, shared, poisoned, batch)
+    for user in (0, 1, 3):
+        assert_same_bytes(member(after, user), member(healthy_after, user))
+    assert int(after.skipped[2]) == 1
+    assert not bool(metrics.ran[2])
+    assert int(after.step[2]) == 1
+    assert_same_bytes(member(after.opt_state, 2), member(poisoned.opt_state, 2))
+
+
+def test_each_user_has_a_learning_rate_a_clip_and_an_end_of_their_own(bench, random_batch):
+    cohort, shared, state = fresh(bench, "lora", sgd())
+    state = state._replace(
+        hparams=state.hparams._replace(
+            learning_rate=jnp.asarray([0.0, 1.0, 1.0, 1.0], jnp.float32),
+            clip_norm=jnp.asarray([jnp.inf, jnp.inf, 1e-3, jnp.inf], jnp.float32),
+            max_steps=jnp.asarray([5, 5, 5, 1], jnp.int32),
+        )
+    )
+    step = jax.jit(population_step(cohort, sft(bench.model), sgd(), constant()))
+    first, metrics = step(bench.params, shared, state, random_batch(USERS))
+    assert_same_bytes(member(first.adapters, 0), member(state.adapters, 0))
+    moved = jax.tree.map(lambda a, b: a - b, first.adapters, state.adapters)
+    norms = [float(optax.global_norm(member(moved, user))) for user in range(USERS)]
+    np.testing.assert_allclose(norms[2], 1e-3, rtol=1e-4)
+    np.testing.assert_allclose(norms[1], float(metrics.grad_norm[1]), rtol=1e-4)
+    assert first.active.tolist() == [True, True, True, False]
+    second, _ = step(bench.params, shared, first, random_batch(USERS, seed=1))
+    assert second.step.tolist() == [2, 2, 2, 1]
+    assert_same_bytes(member(second, 3), member(first, 3))
+
+
+def test_clip_is_the_published_formula():
+    grads = {"a": jnp.asarray([3.0, 4.0]), "b": jnp.asarray([[12.0]])}
+    clipped, norm = clip_by_global_norm(grads, jnp.float32(6.5))
+    assert float(norm) == 13.0
+    np.testing.assert_allclose(clipped["b"], [[6.0]])
+    same, _ = clip_by_global_norm(grads, jnp.float32(jnp.inf))
+    assert_same_bytes(same, grads)
+
+
+def test_schedule_ends_at_the_users_own_last_step():
+    factor = warmup_cosine(warmup_fraction=0.1, floor=0.1)
+    values = [float(factor(jnp.int32(step), jnp.int32(20))) for step in range(20)]
+    assert values[0] == pytest.approx(0.5)
+    assert values[1] == pytest.approx(1.0)
+    assert values[-1] == pytest.approx(0.1)
+    assert all(early >= late for early, late in zip(values[1:], values[2:]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_invariants_7_and_9_no_recompilation_and_the_base_keeps_its_bytes(bench, random_batch, method):
+    cohort, shared, state = fresh(bench, method, adamw())
+    before = jax.tree.map(np.asarray, bench.params)
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    for index in range(3):
+        newcomer = init_member(cohort, adamw(), jax.random.key(100 + index), member(state.hparams, 0))
+        state = jax.tree.map(lambda leaf, new, at=index: leaf.at[at].set(new), state, newcomer)
+        state, _ = step(bench.params, shared, state, random_batch(USERS, seed=index))
+    assert step._cache_size() == 1
+    assert_same_bytes(bench.params, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_invariant_10_no_collective_crosses_the_population_axis(bench, random_batch, method):
+    users = 8
+    cohort = bench.cohort(method)
+    shared = bench.shared(cohort)
+    state = init_population(
+        cohort, adamw(), jax.random.split(jax.random.key(1), users), hparams(learning_rate=1e-3, max_steps=9)
+    )
+    mesh = Mesh(np.array(jax.devices()[:users]), ("population",))
+    sharded = jax.device_put(state, population_shardings(cohort, state, mesh, ShardingRules()))
+    batch = random_batch(users)
+    by_user = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("population")))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    base, common = jax.device_put((bench.params, shared), everywhere)
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), spmd_axis_name="population"))
+    text = step.lower(base, common, sharded, by_user).compile().as_text()
+    for collective in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
+        assert collective not in text, f"{collective} in the population step"
+    after, _ = step(base, common, sharded, by_user)
+    assert after.adapters[cohort.sites[0].info.name][
+        next(iter(cohort.axes()[cohort.sites[0].info.name]))
+    ].sharding.spec[0] == ("population")
+    unsharded, _ = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))(
+        bench.params, shared, state, batch
+    )
+    assert_close(after.adapters, unsharded.adapters, 1e-6)
