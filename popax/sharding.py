@@ -27,7 +27,7 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Which mesh axes shard each logical axis; mesh axes that a mesh lacks are ignored, so one table fits all meshes."""
+    """Which mesh axes shard each logical axis; axes that a mesh lacks are ignored, so one table fits all meshes."""
 
     rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
 

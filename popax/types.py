@@ -55,8 +55,11 @@ class Adapt(Protocol):
     SiteFn for the sites named `layers.*`. `outer` is a SiteFn for every other site.
     """
 
-    layers: Any
-    outer: Any
+    @property
+    def layers(self) -> Any: ...
+
+    @property
+    def outer(self) -> Any: ...
 
 
 @jax.tree_util.register_static

@@ -187,8 +187,8 @@ class AdapterMethod(NamedTuple):
     state_axes, shared_axes: leaf -> logical axes; "in" and "out" stand for the base weight's own axes.
     shared(dims, mask_R, w_DxF): frozen arrays that all users share, made once from the base.
     init(key, dims, mask_R, config): one user's start.
-    delta(state, shared, scale, x, y, drop): the site's output for this user; x [..., D], y [..., F]; drop(x) is
-        the dropout on what enters the adapter.
+    delta(state, shared, scale, x, y, drop): the site's output for this user, in y's dtype; x [..., D], y [..., F];
+        drop(x) is the dropout on what enters the adapter.
     indexed(state, shared, scale, x_BxTxD, y_BxTxF, slot_B): the same for rows of different users: state leaves
         have a leading slot axis; slot -1 returns y's own bits.
     factors(state, shared): (a_RxD, b_RxF) with delta = scale * x a^T b, for merging, norms and PEFT.

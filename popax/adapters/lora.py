@@ -32,7 +32,7 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     del shared
-    return y + lora(drop(x), state["a"], state["b"], scale)
+    return y + lora(drop(x), state["a"], state["b"], scale).astype(y.dtype)
 
 
 def _indexed(
@@ -40,7 +40,7 @@ def _indexed(
 ) -> jax.Array:
     del shared
     delta_BxTxF = indexed_lora(x_BxTxD, state["a"], state["b"], scale, slot_B)
-    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF, y_BxTxF)
+    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF.astype(y_BxTxF.dtype), y_BxTxF)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

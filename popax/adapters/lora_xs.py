@@ -43,7 +43,7 @@ def _expand(h: jax.Array, shared: Leaves, scale: jax.Array) -> jax.Array:
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     h = jnp.einsum("...r,qr->...q", _shrink(drop(x), shared), state["core"].astype(x.dtype))
-    return y + _expand(h, shared, scale)
+    return y + _expand(h, shared, scale).astype(y.dtype)
 
 
 def _indexed(
@@ -51,7 +51,8 @@ def _indexed(
 ) -> jax.Array:
     core_BxRxR = take_slots(state["core"], slot_B).astype(x_BxTxD.dtype)
     h_BxTxR = jnp.einsum("btr,bqr->btq", _shrink(x_BxTxD, shared), core_BxRxR)
-    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + _expand(h_BxTxR, shared, scale), y_BxTxF)
+    delta_BxTxF = _expand(h_BxTxR, shared, scale).astype(y_BxTxF.dtype)
+    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF, y_BxTxF)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

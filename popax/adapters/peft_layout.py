@@ -6,23 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from popax.errors import PeftError
+from popax.modeling.hf import hf_name
 from popax.types import SiteInfo
 
 # site -> (rank, alpha) at each layer (one entry outside the layer stack); rank 0 where there is no adapter
 Layout = dict[str, tuple[tuple[int, float], ...]]
 
-BLOCKS = {"attn": "self_attn", "mlp": "mlp"}  # popax's name of a block -> transformers'
 NO_ADAPTER = (0, 0.0)
 
 
 def module_names(info: SiteInfo) -> list[str]:
     """transformers' module name of a site at each layer; empty where a site has none."""
-    if info.name == "lm_head":
-        return ["lm_head"]
-    match = re.fullmatch(r"layers\.(\w+)\.(\w+)", info.name)
-    if match is None or match[1] not in BLOCKS or not info.layers:
-        return []
-    return [f"model.layers.{layer}.{BLOCKS[match[1]]}.{match[2]}" for layer in range(info.layers)]
+    if not info.layers:
+        return ["lm_head"] if info.name == "lm_head" else []
+    kernel = info.name.replace(".", "/") + "/kernel"
+    return [hf_name(kernel, layer).removesuffix(".weight") for layer in range(info.layers)]
 
 
 def layout_of(record: Mapping[str, Any], sites: Mapping[str, SiteInfo]) -> Layout:

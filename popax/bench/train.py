@@ -57,8 +57,8 @@ class CompileCounter:
     def __exit__(self, *exc: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
-        del duration
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int | float) -> None:
+        del duration_secs, kwargs
         self.count += event == self.EVENT
 
 
@@ -66,7 +66,7 @@ def random_batch(config: BenchTrainConfig, vocab_size: int, users: int) -> Batch
     """Full rows of random tokens, one segment each: [users, batch, tokens]."""
     shape = (users, config.batch_size, config.seq_len)
     draws = np.random.default_rng(config.seed).integers(0, vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
-    return Batch(
+    return Batch(  # pyright: ignore[reportArgumentType] - NumPy until it is put on the device
         tokens_BxT=draws[..., :-1],
         targets_BxT=draws[..., 1:],
         weights_BxT=np.ones(shape, np.float32),
@@ -208,7 +208,7 @@ def _one_user(state: PopulationState, user: int) -> PopulationState:
 
 
 def program_bytes(step: Any, *arguments: Any) -> int:
-    """What the compiler says the program holds at once: arguments + results + temporaries - results that reuse arguments."""
+    """What the compiler says the program holds: arguments + results + temporaries - results that reuse arguments."""
     analysis = step.lower(*arguments).compile().memory_analysis()
     return int(
         analysis.argument_size_in_bytes

@@ -26,9 +26,13 @@ T = TypeVar("T")
 # What gin files may set, by its short name: `AdapterConfig.rank = 8`, `TrainConfig.optimizer = @adamw()`.
 CONFIGURABLES: tuple[str, ...] = (
     "popax.modeling.config:ModelConfig",
+    "popax.modeling.config:LinearRope",
+    "popax.modeling.config:Llama3Rope",
+    "popax.modeling.config:YarnRope",
     "popax.adapters.base:AdapterConfig",
     "popax.adapters.base:TargetRule",
     "popax.data.pipeline:PipelineConfig",
+    "popax.data.records:Columns",
     "popax.population.early_stop:EarlyStop",
     "popax.population.optimizer:adamw",
     "popax.population.optimizer:sgd",
@@ -36,6 +40,10 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.population.optimizer:constant",
     "popax.population.optimizer:warmup_cosine",
     "popax.training.config:TrainConfig",
+    "popax.training.pretrain:PretrainConfig",
+    "popax.evaluation.columns:EvalConfig",
+    "popax.serving.sampling:Sampling",
+    "popax.bench.train:BenchTrainConfig",
 )
 
 
@@ -128,15 +136,19 @@ def _config_folders() -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def _search_path() -> Iterator[None]:
-    """`include 'models/x.gin'` inside a gin file finds popax's configs; gin itself cannot take a prefix back."""
-    prefixes = gin.config._LOCATION_PREFIXES
-    before = list(prefixes)
-    for folder in _config_folders():
-        gin.add_config_file_search_path(str(folder))
+    """`include 'configs/models/x.gin'` inside a gin file finds the file of that path, else popax's own.
+
+    gin has no public way to take a folder back. Its other reader, of resources in Python packages, is left out: it
+    fails on a folder without `__init__.py`, such as our configs seen from the checkout's root.
+    """
+    prefixes, readers = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
+    before = list(prefixes), list(readers)
+    prefixes[:] = ["", *map(str, _config_folders())]
+    readers[:] = [(open, os.path.isfile)]
     try:
         yield
     finally:
-        prefixes[:] = before
+        prefixes[:], readers[:] = before
 
 
 def _register(reference: str) -> None:

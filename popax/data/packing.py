@@ -114,16 +114,23 @@ def _fill(batch: Batch, row: int, pieces: Sequence[Document]) -> None:
     start = 0
     for segment, piece in enumerate(pieces, 1):
         length = len(piece.ids) - 1
-        at = (row, slice(start, start + length))
-        batch.tokens_BxT[at] = piece.ids[:-1]
-        batch.targets_BxT[at] = piece.ids[1:]
-        batch.weights_BxT[at] = piece.weights[1:]
-        batch.target_bytes_BxT[at] = piece.num_bytes[1:]
-        batch.positions_BxT[at] = np.arange(length)
-        batch.segments_BxT[at] = segment
+        values = Batch._make(
+            [
+                piece.ids[:-1],
+                piece.ids[1:],
+                piece.weights[1:],
+                np.arange(length),
+                np.full(length, segment),
+                piece.num_bytes[1:],
+            ]
+        )
+        for leaf, value in zip(batch, values, strict=True):
+            np.asarray(leaf)[row, start : start + length] = value
         start += length
 
 
 def zero_batch(*shape: int) -> Batch:
     """Padding only: int32 zeros, and float32 zeros for the weights."""
-    return Batch(*(np.zeros(shape, np.float32 if name.startswith("weights") else np.int32) for name in Batch._fields))
+    return Batch._make(
+        np.zeros(shape, np.float32 if name.startswith("weights") else np.int32) for name in Batch._fields
+    )

@@ -234,7 +234,8 @@ def _seconds(location: str, label: str, value: Any) -> int | float:
         if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?", value):
             raise DataError(
                 f"{location}: {label} {value!r} is a time of day without a date and cannot order the user's examples; "
-                'name the date column too, as in columns.time=("day", "time"), or set columns.time to None'
+                'name the date column, as in columns.time="day" (the file orders what a day holds) or ("day", "time"), '
+                "or set columns.time to None"
             )
         try:
             return float(value) if re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value) else _epoch(value)

@@ -49,7 +49,7 @@ def build_dataset(
     if target.exists():
         raise DataError(f"{target} exists; remove it, or choose another directory or name")
     files = find_sources(sources)
-    plan = _plan(tqdm(read_examples(files, columns), "reading", disable=not progress, unit=" examples"))
+    plan = _plan(iter(tqdm(read_examples(files, columns), "reading", disable=not progress, unit=" examples")))
     if not plan.shard_lengths:
         raise DataError(f"no records in {', '.join(str(file) for file in files)}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,8 @@ class RecordReader:
         """directory: the dataset's, or the one given to `build_dataset` where it holds a single dataset."""
         self.directory = _find_dataset(Path(directory))
         try:
-            builder = tfds.builder_from_directory(str(self.directory))
-            self._source = builder.as_data_source(SPLIT)
+            builder = tfds.builder_from_directory(builder_dir=str(self.directory))
+            self._source = builder.as_data_source(SPLIT)  # pyright: ignore[reportCallIssue]
             with pa.memory_map(str(self.directory / INDEX_FILE)) as file:
                 self._index = pa.ipc.open_file(file).get_batch(0)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -148,9 +148,10 @@ class _UsersBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Shard by shard: the writer that TFDS uses otherwise needs TensorFlow once the data exceed its memory buffer."""
 
     VERSION = tfds.core.Version(VERSION)
+    code_path = None  # where TFDS would look for checksums of downloads
 
     def __init__(self, name: str, directory: Path, examples: Iterator[Example], shard_lengths: Sequence[int]):
-        self.name = name
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]
         self._examples, self._shard_lengths = examples, shard_lengths
         super().__init__(data_dir=directory, file_format="array_record")
 

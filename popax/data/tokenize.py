@@ -1,6 +1,7 @@
 """Text to token ids and back, with the number of UTF-8 bytes that every token stands for."""
 
 import datetime
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ class Tokenizer:
         now: the date that a template may write into its system turn; by default the clock's.
         Raises TokenizerError where the tokenizer has no chat template, or the template refuses the messages.
         """
-        rendered = self._template().render(messages, add_generation_prompt=add_generation_prompt, now=now)
+        rendered = self._template.render(messages, add_generation_prompt=add_generation_prompt, now=now)
         encoded, starts = self._encode(rendered.text, special_tokens=True)
         inside = np.zeros(len(rendered.text) + 1, np.float32)
         for start, end in rendered.assistant_spans:
@@ -104,6 +105,7 @@ class Tokenizer:
         self._special.save(str(directory / "tokenizer.json"))
         (directory / "tokenizer_config.json").write_text(json.dumps(self._config, indent=2, ensure_ascii=False))
 
+    @functools.cached_property
     def _template(self) -> ChatTemplate:
         source = self._config.get("chat_template")
         if isinstance(source, list):  # several named templates

@@ -37,11 +37,15 @@ class UserScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """group: users scored together; rows: rows of each scored at a time (both bound memory); split: which text."""
+    """group: users scored together; rows: rows of each scored at a time (both bound memory).
+
+    split: which text; max_rows: at most so many rows of each user, None for all of it.
+    """
 
     group: int = 16
     rows: int = 4
     split: str = "future"
+    max_rows: int | None = None
 
 
 def bits_per_byte(sums: Sums) -> np.ndarray:
@@ -82,7 +86,7 @@ class Scorer:
             real = tuple(users[start : start + self._config.group])
             # The last group is filled up with its first user: one shape, one program.
             group = real + real[:1] * (self._config.group - len(real))
-            batch = data.evaluation(group, self._config.split)
+            batch = data.evaluation(group, self._config.split, self._config.max_rows)
             sums = [score(group, chunk) for chunk in _row_chunks(batch, self._config.rows)]
             total = jax.tree.map(lambda *parts: np.sum([np.asarray(part) for part in parts], axis=0), *sums)
             keep = slice(len(real))

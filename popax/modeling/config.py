@@ -9,6 +9,16 @@ from popax.errors import ConfigError
 
 RopeLayout = Literal["half", "interleaved"]
 DTYPES = ("float32", "bfloat16")
+COUNTS = (
+    "vocab_size",
+    "embed_dim",
+    "ffw_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_seq_len",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,7 @@ def _check_factor(rope: Any) -> None:
 class ModelConfig:
     """Everything static about a base model; hashable, so it may be a jit argument.
 
+    rope_scaling: one of the scalings, or a mapping of its fields and {"rope_type": "linear" | "llama3" | "yarn"}.
     rope_layout: which features rotate together: i and i + head_dim/2 ("half", Hugging Face) or 2i and 2i+1
     ("interleaved", the original Llama). attention_bias: biases on q, k and v; output_bias: on o. qk_norm: RMS norms
     over head_dim on q and k before RoPE (Qwen3). dtype: of activations and matmuls; norms, RoPE, softmax and logits
@@ -104,22 +115,22 @@ class ModelConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ModelConfig.{name}={getattr(self, name)}: at least 1")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"ModelConfig.{name}={value!r}: a whole number of at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
                 "every kv head serves the same number of query heads"
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even and at least 2")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim}: RoPE rotates pairs, so it must be even")
         if not (math.isfinite(self.rope_theta) and self.rope_theta > 1):
             raise ConfigError(f"rope_theta={self.rope_theta}: a finite number above 1")
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ConfigError(f"norm_eps={self.norm_eps}: a finite number above 0")
-        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            raise ConfigError(f"rope_scaling={self.rope_scaling!r}: None, LinearRope, Llama3Rope or YarnRope")
+        object.__setattr__(self, "rope_scaling", _as_rope_scaling(self.rope_scaling))
         if self.rope_layout not in ("half", "interleaved"):
             raise ConfigError(f"rope_layout={self.rope_layout!r}: 'half' or 'interleaved'")
         for name in ("dtype", "param_dtype"):
@@ -139,18 +150,25 @@ class ModelConfig:
         """Raises ConfigError on a key that no ModelConfig has, and on one that is missing."""
         values = dict(record)
         _check_keys(cls, values, "ModelConfig")
-        if values.get("rope_scaling") is not None:
-            rope = dict(values["rope_scaling"])
-            kind = rope.pop("rope_type", None)
-            if kind not in ROPE_SCALINGS:
-                raise ConfigError(f"rope_type={kind!r}: one of {', '.join(ROPE_SCALINGS)}")
-            _check_keys(ROPE_SCALINGS[kind], rope, "rope_scaling")
-            values["rope_scaling"] = ROPE_SCALINGS[kind](**rope)
         return cls(**values)
 
     def semantics(self) -> dict[str, Any]:
         """`to_dict` without what does not change the function that the weights compute: dtypes and max_seq_len."""
         return {k: v for k, v in self.to_dict().items() if k not in ("dtype", "param_dtype", "max_seq_len")}
+
+
+def _as_rope_scaling(rope: Any) -> RopeScaling | None:
+    """The scaling itself, or made of a mapping, as gin and JSON give it."""
+    if isinstance(rope, Mapping):
+        values = dict(rope)
+        kind = values.pop("rope_type", None)
+        if kind not in ROPE_SCALINGS:
+            raise ConfigError(f"rope_scaling: rope_type={kind!r}; one of {', '.join(ROPE_SCALINGS)}")
+        _check_keys(ROPE_SCALINGS[kind], values, "rope_scaling")
+        return ROPE_SCALINGS[kind](**values)
+    if rope is not None and not isinstance(rope, RopeScaling):
+        raise ConfigError(f"rope_scaling={rope!r}: None, LinearRope, Llama3Rope or YarnRope")
+    return rope
 
 
 def _check_keys(cls: Any, values: Mapping[str, Any], what: str) -> None:

@@ -82,9 +82,17 @@ class Model:
         )
 
     def shardings(self, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
-        """Where params lie on the mesh: a NamedSharding for each leaf."""
-        rules = rules or ShardingRules()
+        """Where params lie on the mesh: a NamedSharding for each leaf. Raises ConfigError where one does not divide."""
+        rules, shapes = rules or ShardingRules(), flatten_named(self.abstract())
         named = {name: rules.sharding(axes, mesh) for name, axes in flatten_named(self.axes()).items()}
+        for name, sharding in named.items():
+            try:
+                sharding.shard_shape(shapes[name].shape)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{name} {shapes[name].shape} does not divide over the mesh {dict(mesh.shape)} as {sharding.spec}: "
+                    "choose other mesh axes, or other sharding rules"
+                ) from error
         return unflatten_named(named)
 
     def _layered(self, name: str) -> tuple[int, ...]:

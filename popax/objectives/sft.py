@@ -25,7 +25,7 @@ def sft(model: Model, *, remat: bool = False) -> Objective:
         sums = Sums(
             nats=jnp.sum(nats_BxT),
             targets=jnp.sum(batch.weights_BxT),
-            target_bytes=jnp.sum(batch.target_bytes_BxT.astype(jnp.float32) * (batch.weights_BxT > 0)),
+            target_bytes=jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32),
         )
         return sums.nats / jnp.maximum(sums.targets, 1.0), sums
 

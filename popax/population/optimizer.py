@@ -49,6 +49,6 @@ def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedu
 
 def clip_by_global_norm(grads: Any, max_norm: jax.Array) -> tuple[Any, jax.Array]:
     """(grads * min(1, max_norm / ||grads||), ||grads||) over all of one user's leaves; max_norm = inf never clips."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
     return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads), norm

@@ -64,16 +64,17 @@ def init_member(
     *,
     adapter: AdapterState | None = None,
     track_best: bool = False,
-    active: bool = True,
 ) -> PopulationState:
     """One user's state at step 0, fresh or from a given adapter (an earlier revision)."""
     init_key, own_key = jax.random.split(key)
     adapter = cohort.init(init_key) if adapter is None else adapter
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+        opt_state = optimizer(settings.learning_rate).init(adapter)
     return PopulationState(
         step=jnp.zeros((), jnp.int32),
-        active=jnp.asarray(active),
+        active=settings.max_steps > 0,
         adapters=adapter,
-        opt_state=optimizer(settings.learning_rate).init(adapter),
+        opt_state=opt_state,
         hparams=settings,
         rng=jax.random.key_data(own_key),
         skipped=jnp.zeros((), jnp.int32),

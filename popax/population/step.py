@@ -50,8 +50,10 @@ def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, sche
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(member.adapters)
         grads, grad_norm = clip_by_global_norm(grads, member.hparams.clip_norm)
         learning_rate = member.hparams.learning_rate * schedule(member.step, member.hparams.max_steps)
-        updates, opt_state = optimizer(learning_rate).update(grads, member.opt_state, member.adapters)
-        adapters = optax.apply_updates(member.adapters, updates)
+        # optax mixes integer counts with floats; whoever runs JAX with strict promotion keeps it everywhere else.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer(learning_rate).update(grads, member.opt_state, member.adapters)
+            adapters = optax.apply_updates(member.adapters, updates)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         ran = member.active & finite

@@ -64,8 +64,8 @@ def generate(
 
 
 def _cut(tokens_T: np.ndarray, end_id: int | None) -> Generated:
-    ends = np.flatnonzero(tokens_T == end_id) if end_id is not None else ()
-    return Generated(tokens_T[: ends[0]], True) if len(ends) else Generated(tokens_T, False)
+    ends = np.flatnonzero(tokens_T == end_id) if end_id is not None else np.zeros(0, int)
+    return Generated(tokens_T[: ends[0]], True) if ends.size else Generated(tokens_T, False)
 
 
 def _power_of_two(value: int) -> int:

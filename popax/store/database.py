@@ -116,7 +116,8 @@ def is_local(place: str | os.PathLike) -> bool:
     return _URL.match(os.fspath(place)) is None
 
 
-def _root_spec(name: str) -> ts.KvStore.Spec:
+def place_spec(name: str) -> ts.KvStore.Spec:
+    """The key-value store of a local directory or a URL. Raises ValueError on a URL that TensorStore does not know."""
     if not is_local(name):
         return ts.KvStore.Spec(name if name.endswith("/") else f"{name}/")
     return ts.KvStore.Spec({"driver": "file", "path": f"{Path(name).expanduser().absolute()}/"})

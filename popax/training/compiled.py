@@ -17,14 +17,14 @@ from popax.trees import member, set_member
 
 
 class Programs(NamedTuple):
-    """step(base, shared, state, batch), loss(base, shared, adapters, batch), observe(state, sums), seat(state, slot,
-    member), take(state, slot) -> (what the member keeps, their counters). State arguments of step, observe and seat
-    are donated.
+    """step(base, shared, state, batch) and observe(state, sums) give the new state; loss(base, shared, adapters, batch)
+    gives sums; seat(state, slot, member) gives the new state; take(state, slot) gives what the member keeps, and their
+    counters. The state arguments of step, observe and seat are donated. observe is None without early stopping.
     """
 
     step: Callable[..., Any]
     loss: Callable[..., Any]
-    observe: Callable[..., Any]
+    observe: Callable[..., Any] | None
     seat: Callable[..., Any]
     take: Callable[..., Any]
 
@@ -44,5 +44,7 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, **step_o
 
 def _take(state: PopulationState, slot: jax.Array) -> tuple[Any, Any]:
     one = member(state, slot)
-    kept_step = one.step if one.best is None else one.best.step
-    return selected_adapters(one), {"steps": one.step, "kept_step": kept_step, "skipped": one.skipped}
+    counters = {"steps": one.step, "skipped": one.skipped}
+    if one.best is not None:
+        counters |= {"kept_step": one.best.step, "validation_loss": one.best.loss}
+    return selected_adapters(one), counters

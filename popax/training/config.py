@@ -12,8 +12,9 @@ from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
 class TrainConfig:
     """A population run. steps is each user's own number; slots is how many users share one compiled step.
 
-    users with fewer rows than steps * batch_size see them at most max_epochs times. checkpoint_every counts iterations
-    of the whole population. early_stop: None trains every user to the last step and keeps the last adapter.
+    Users with fewer rows than steps * batch_size see them at most max_epochs times; users with fewer examples than
+    min_examples are left out. checkpoint_every counts iterations of the whole population. early_stop: None trains
+    every user to the last step and keeps the last adapter.
     """
 
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
@@ -26,6 +27,7 @@ class TrainConfig:
     schedule: Schedule = dataclasses.field(default_factory=warmup_cosine)
     early_stop: EarlyStop | None = EarlyStop()  # noqa: RUF009 - frozen
     checkpoint_every: int = 100
+    min_examples: int = 2
     seed: int = 0
     remat: bool = False
 
@@ -45,7 +47,9 @@ class TrainConfig:
         return self.early_stop.every if self.early_stop else min(10, self.steps)
 
     def steps_for(self, rows: int, batch_size: int) -> int:
-        """This user's own number of steps, from the rows of text they have."""
+        """This user's own number of steps, from the rows of text they have; 0 without any."""
+        if not rows:
+            return 0
         if self.max_epochs == float("inf"):
             return self.steps
         return max(1, min(self.steps, round(self.max_epochs * rows / batch_size)))

@@ -35,6 +35,7 @@ class Start:
 class MemberSource:
     """Prepares members ahead of time: fresh ones, or ones that continue the user's latest revision.
 
+    steps_of(user): the user's number of steps; it reads the user's text, which is thereby ready when they are seated.
     Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
     """
 
@@ -44,13 +45,12 @@ class MemberSource:
         config: TrainConfig,
         *,
         steps_of: Callable[[str], int],
-        warm_up: Callable[[str], Any],
         catalog: Catalog | None = None,
         base_digest: str = "",
         run: str = "",
         threads: int = 2,
     ):
-        self._cohort, self._config, self._steps_of, self._warm_up = cohort, config, steps_of, warm_up
+        self._config, self.steps_of = config, steps_of
         self._catalog, self._base_digest, self._run = catalog, base_digest, run
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
         self._pending: dict[str, concurrent.futures.Future[Start]] = {}
@@ -75,11 +75,10 @@ class MemberSource:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, user: str) -> Start:
-        self._warm_up(user)
         settings = hparams(
             learning_rate=self._config.learning_rate,
             clip_norm=self._config.clip_norm,
-            max_steps=self._steps_of(user),
+            max_steps=self.steps_of(user),
         )
         key = user_key(self._config.seed, user)
         parent = self._parent(user)
@@ -98,12 +97,11 @@ class MemberSource:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One user's result, still on the device; `counters` are the member's own (steps, kept_step, skipped)."""
+    """One user's result, still on the device; counters: the member's own scalars (steps, skipped, kept_step, ...)."""
 
     user: str
     adapter: AdapterState
     counters: dict[str, Any]
-    metrics: dict[str, float]
     parent: int | None
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,10 @@ def _start(model: Model, transform: optax.GradientTransformation, config: Pretra
 
 def _step(objective, transform, state: PretrainState, batch: Batch) -> tuple[PretrainState, jax.Array]:
     (loss, _), grads = jax.value_and_grad(lambda params: objective(params, NO_ADAPT, batch), has_aux=True)(state.params)
-    updates, opt_state = transform.update(grads, state.opt_state, state.params)
-    return PretrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), loss
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = cast(Params, optax.apply_updates(state.params, updates))
+    return PretrainState(state.step + 1, params, opt_state), loss
 
 
 class _Checkpoints:
@@ -130,7 +132,7 @@ class _Checkpoints:
         latest = self._manager.latest_step()
         if latest is None:
             return like
-        return self._manager.restore(latest, args=ocp.args.StandardRestore(like))
+        return cast(PretrainState, self._manager.restore(latest, args=ocp.args.StandardRestore(like)))  # pyright: ignore
 
     def save(self, state: PretrainState) -> None:
         step = int(np.asarray(state.step))

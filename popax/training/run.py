@@ -1,32 +1,22 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
 import dataclasses
-import hashlib
-import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
-from popax.data.users import UserDataset
-from popax.errors import ConfigError, DataError
+from popax.errors import DataError
 from popax.modeling.base import Base
-from popax.population.state import PopulationState, selected_adapters
-from popax.population.slots import SlotTable
-from popax.store.catalog import Catalog, Commit
-from popax.store.checkpoint import CheckpointStore
-from popax.store.layout import RowLayout
+from popax.population.step import StepMetrics
+from popax.store.catalog import Catalog
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
-from popax.training.members import Finished, MemberSource, RevisionWriter
-from popax.training.stream import Hooks, PopulationStream, Progress
-from popax.types import AdapterState
+from popax.training.files import RunFiles
+from popax.training.members import MemberSource, RevisionWriter
+from popax.training.record import RunRecord, users_with_new_data
+from popax.training.stream import Hooks, PopulationStream, Seating
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,64 +25,14 @@ class RunReport:
 
     run: str
     trained: tuple[str, ...]
+    nothing_to_learn: tuple[str, ...]
     up_to_date: int
     iterations: int
     finished: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """The run's identity and its queue, in `run.json`: a resumed run must be the same run."""
-
-    run: str
-    settings: dict[str, Any]
-    queue: list[str]
-
-    @classmethod
-    def open(cls, directory: Path, settings: dict[str, Any], queue: Callable[[], list[str]]) -> "RunRecord":
-        """The record in this directory, or a new one. Raises ConfigError where the directory holds another run."""
-        path = directory / "run.json"
-        if path.exists():
-            record = cls(**json.loads(path.read_text()))
-            differing = sorted(k for k in settings | record.settings if settings.get(k) != record.settings.get(k))
-            if differing:
-                raise ConfigError(
-                    f"{directory} holds run {record.run} with other settings ({', '.join(differing)}): "
-                    "choose another directory, or give the settings it was started with"
-                )
-            return record
-        record = cls(uuid.uuid4().hex, settings, queue())
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(record), indent=1))
-        os.replace(partial, path)
-        return record
-
-
-def data_provenance(dataset: UserDataset, user: str) -> dict[str, Any]:
-    """How many examples a user has, and a digest of them: equal digests mean nothing new to learn."""
-    digest = hashlib.sha256()
-    examples = dataset.examples(user)
-    for example in examples:
-        digest.update(repr(example).encode())
-    return {"examples": len(examples), "digest": digest.hexdigest()}
-
-
-def users_with_new_data(dataset: UserDataset, catalog: Catalog, users: Sequence[str], base_digest: str) -> list[str]:
-    """The users whose latest revision is of another base, or was trained on other data than they have now."""
-
-    def is_new(user: str) -> bool:
-        if not catalog.exists(user):
-            return True
-        latest = catalog.history(user)[-1]
-        return latest.base_digest != base_digest or latest.provenance.get("data") != data_provenance(dataset, user)
-
-    return [user for user in users if is_new(user)]
-
-
 def train_population(
     base: Base,
-    dataset: UserDataset,
     pipeline: UserPipeline,
     config: TrainConfig,
     *,
@@ -100,7 +40,7 @@ def train_population(
     catalog: Catalog,
     users: Sequence[str] | None = None,
     everyone: bool = False,
-    on_round: Callable[[Progress, Any], None] = lambda progress, metrics: None,
+    on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> RunReport:
     """Train these users (default: all in the dataset) and commit a revision for each.
@@ -109,34 +49,36 @@ def train_population(
     record and checkpoints: called again with the same arguments after any kind of stop, the run goes on from the
     latest checkpoint and ends as if it had never stopped.
     """
-    cohort = Cohort.of(config.adapter, base.model.sites())
-    layout = RowLayout.of(cohort.abstract())
-    run = _Run(base, cohort, layout, dataset, config, catalog, directory)
+    dataset = pipeline.dataset
     names = list(dataset.users()) if users is None else list(users)
+    names = [user for user in names if dataset.num_examples(user) >= config.min_examples]
     if not names:
-        raise DataError("no users to train: the dataset is empty, or the selection left nobody")
+        raise DataError(f"no users to train: nobody has min_examples={config.min_examples} examples")
+    cohort = Cohort.of(config.adapter, base.model.sites())
     record = RunRecord.open(
         directory,
-        run.settings(pipeline),
+        run_settings(base, pipeline, config),
         lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest),
     )
-    source = MemberSource(
-        cohort,
-        config,
-        steps_of=lambda user: config.steps_for(
-            pipeline.rows(user, "past").tokens_BxT.shape[0], pipeline.config.batch_size
-        ),
-        warm_up=lambda user: pipeline.rows(user, "past"),
+    files = RunFiles(
+        base=base,
+        cohort=cohort,
+        config=config,
+        dataset=dataset,
         catalog=catalog,
-        base_digest=base.digest,
+        directory=directory,
         run=record.run,
     )
-    shared = run.shared()
-    stored = catalog.cohort(config.adapter, cohort.specs, base.digest, layout, shared or None)
-    writer = RevisionWriter(lambda finished: run.commit(stored, record.run, finished))
+
+    def steps_of(user: str) -> int:
+        rows = pipeline.rows(user, "past").tokens_BxT.shape[0]
+        return config.steps_for(rows, pipeline.config.batch_size)
+
+    source = MemberSource(cohort, config, steps_of=steps_of, catalog=catalog, base_digest=base.digest, run=record.run)
+    writer = RevisionWriter(files.commit)
     stream = PopulationStream(
         base=base.params,
-        shared=shared,
+        shared=files.shared,
         cohort=cohort,
         config=config,
         programs=compile_programs(base.model, cohort, config),
@@ -144,121 +86,32 @@ def train_population(
         queue=record.queue,
         source=source,
         writer=writer,
-        hooks=Hooks(on_round=on_round, save=lambda progress: run.save(record, progress), stop_requested=stop_requested),
+        hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
     )
     try:
-        progress = stream.run(run.restore(stream.fresh()))
+        end = stream.run(files.restore(stream.fresh()))
     finally:
         source.close()
         writer.close()
-        run.checkpoints.close()
-    done = not progress.table.occupied
+        files.close()
+    seated = {user for user in end.table.users if user is not None}
+    left = [user for user in record.queue[: end.table.next] if user not in seated]
+    idle = tuple(user for user in left if steps_of(user) == 0)
     return RunReport(
         run=record.run,
-        trained=tuple(record.queue[: progress.table.next] if done else _left(record.queue, progress.table)),
+        trained=tuple(user for user in left if user not in idle),
+        nothing_to_learn=idle,
         up_to_date=len(names) - len(record.queue),
-        iterations=progress.iteration,
-        finished=done,
+        iterations=end.iteration,
+        finished=not seated and end.table.next == len(record.queue),
     )
 
 
-def _left(queue: Sequence[str], table: SlotTable) -> list[str]:
-    seated = set(table.users)
-    return [user for user in queue[: table.next] if user not in seated]
-
-
-class _Run:
-    """What one run reads and writes on disk."""
-
-    def __init__(
-        self,
-        base: Base,
-        cohort: Cohort,
-        layout: RowLayout,
-        dataset: UserDataset,
-        config: TrainConfig,
-        catalog: Catalog,
-        directory: Path,
-    ):
-        self._base, self._cohort, self._layout = base, cohort, layout
-        self._dataset, self._config, self._catalog = dataset, config, catalog
-        self.checkpoints = CheckpointStore(directory / "checkpoints")
-
-    def settings(self, pipeline: UserPipeline) -> dict[str, Any]:
-        """What a resumed run must share with the run it resumes."""
-        plain = {
-            field.name: getattr(self._config, field.name)
-            for field in dataclasses.fields(self._config)
-            if field.name not in ("adapter", "optimizer", "schedule", "early_stop")
-        }
-        stop = self._config.early_stop
-        settings = {
-            "base": self._base.digest,
-            "adapter": self._cohort.config.to_dict(),
-            "train": plain,
-            "early_stop": dataclasses.asdict(stop) if stop else None,
-            "data": dataclasses.asdict(pipeline.config),
-        }
-        return json.loads(json.dumps(settings))
-
-    def shared(self) -> AdapterState:
-        """The frozen arrays that all users share: the catalog's where it has them, so that they are the same bytes."""
-        make = lambda: self._cohort.shared(lambda site: self._base.model.site_weight(self._base.params, site))  # noqa: E731
-        if not self._cohort.method.shared_axes:
-            return {}
-        known = self._catalog.find_cohort(self._config.adapter, self._base.digest, self._layout)
-        return make() if known is None else self._catalog.shared(known)
-
-    def commit(self, stored: Any, run: str, finished: Sequence[Finished]) -> None:
-        """One transaction for all of these users; runs on the writer's thread."""
-        commits = []
-        for one in finished:
-            adapter = jax.tree.map(np.asarray, one.adapter)
-            metrics = {name: float(value) for name, value in one.metrics.items()}
-            metrics |= {name: int(value) for name, value in one.counters.items()}
-            provenance = {"data": data_provenance(self._dataset, one.user), "seed": self._config.seed}
-            settings = {"learning_rate": self._config.learning_rate, "steps": self._config.steps}
-            commits.append(
-                Commit(
-                    one.user, adapter, parent="latest", metrics=metrics, provenance=provenance, hparams=settings, run=run
-                )
-            )
-        self._catalog.commit_batch(stored, commits)
-
-    def save(self, record: RunRecord, progress: Progress) -> None:
-        """An Orbax checkpoint: the adapters users would keep as one item, all else as another."""
-        state = progress.state
-        rest = state._replace(adapters=None) if state.best is None else state._replace(
-            best=state.best._replace(adapter=None)
-        )
-        table = dataclasses.asdict(progress.table)
-        self.checkpoints.save(
-            progress.iteration,
-            adapters=selected_adapters(state),
-            train_state=rest,
-            record={"run": record.run, "table": table, "parents": list(progress.parents)},
-        )
-
-    def restore(self, fresh: Progress) -> Progress | None:
-        """The latest checkpoint's progress, or None where there is none."""
-        if self.checkpoints.latest() is None:
-            return None
-        state = fresh.state
-        rest = state._replace(adapters=None) if state.best is None else state._replace(
-            best=state.best._replace(adapter=None)
-        )
-        iteration, adapters, rest, record = self.checkpoints.restore(adapters=selected_adapters(state), train_state=rest)
-        state = _joined(rest, adapters)
-        table = record["table"]
-        return Progress(
-            iteration,
-            SlotTable(users=tuple(table["users"]), since=tuple(table["since"]), next=table["next"]),
-            tuple(record["parents"]),
-            state,
-        )
-
-
-def _joined(rest: PopulationState, adapters: AdapterState) -> PopulationState:
-    if rest.best is None:
-        return rest._replace(adapters=adapters)
-    return rest._replace(best=rest.best._replace(adapter=adapters))
+def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dict[str, Any]:
+    """What decides a run's result, as JSON values; the optimizer and the schedule by their names only."""
+    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name in ("optimizer", "schedule"):
+        plain[name] = getattr(plain[name], "__qualname__", None) or type(plain[name]).__name__
+    plain["adapter"] = config.adapter.to_dict()
+    plain["early_stop"] = dataclasses.asdict(config.early_stop) if config.early_stop else None
+    return {"base": base.digest, "data": dataclasses.asdict(pipeline.config), **plain}

@@ -30,7 +30,7 @@ class UserData(Protocol):
     def evaluation(self, users: Sequence[str | None], split: str, max_rows: int | None = None) -> Batch: ...
 
 
-class Progress(NamedTuple):
+class Seating(NamedTuple):
     """Where a run stands: `iteration` of the population, the seats, and what each seat's user continues."""
 
     iteration: int
@@ -43,8 +43,8 @@ class Progress(NamedTuple):
 class Hooks:
     """What a run tells the outside: after each iteration, each round (with the round's metrics), each checkpoint."""
 
-    on_round: Callable[[Progress, list[StepMetrics]], None] = lambda progress, metrics: None
-    save: Callable[[Progress], None] = lambda progress: None
+    on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None
+    save: Callable[[Seating], None] = lambda seating: None
     stop_requested: Callable[[], bool] = lambda: False
 
 
@@ -73,42 +73,42 @@ class PopulationStream:
         self._validation_rows, self._place = validation_rows, place
         self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
 
-    def fresh(self) -> Progress:
+    def fresh(self) -> Seating:
         """All slots empty, nobody trained."""
         slots = self._config.slots
         state = empty_population(
             self._cohort, self._config.optimizer, slots, track_best=self._config.early_stop is not None
         )
-        return Progress(0, SlotTable.empty(slots), (None,) * slots, self._place(state))
+        return Seating(0, SlotTable.empty(slots), (None,) * slots, self._place(state))
 
-    def run(self, progress: Progress | None = None) -> Progress:
+    def run(self, seating: Seating | None = None) -> Seating:
         """Train everyone in the queue. Returns early, after a checkpoint, when a stop is requested."""
-        progress = self._seat(self.fresh()) if progress is None else progress
+        seating = self._seat(self.fresh()) if seating is None else seating
         try:
-            while progress.table.occupied:
-                progress, metrics = self._round(progress)
-                self._hooks.on_round(progress, metrics)
-                if self._hooks.stop_requested() or self._at_checkpoint(progress):
-                    self._checkpoint(progress)
+            while seating.table.occupied:
+                seating, metrics = self._round(seating)
+                self._hooks.on_round(seating, metrics)
+                if self._hooks.stop_requested() or self._at_checkpoint(seating):
+                    self._checkpoint(seating)
                 if self._hooks.stop_requested():
-                    return progress
-            self._checkpoint(progress)
-            return progress
+                    return seating
+            self._checkpoint(seating)
+            return seating
         finally:
             self._batches.shutdown(wait=True, cancel_futures=True)
 
-    def _at_checkpoint(self, progress: Progress) -> bool:
+    def _at_checkpoint(self, seating: Seating) -> bool:
         every, length = self._config.checkpoint_every, self._config.round_length
-        return progress.iteration // every > (progress.iteration - length) // every
+        return seating.iteration // every > (seating.iteration - length) // every
 
-    def _checkpoint(self, progress: Progress) -> None:
+    def _checkpoint(self, seating: Seating) -> None:
         # Users who left their seats are in no checkpoint: they must be durable before it replaces the previous one.
         self._writer.flush()
-        self._hooks.save(progress)
+        self._hooks.save(seating)
 
-    def _round(self, progress: Progress) -> tuple[Progress, list[StepMetrics]]:
+    def _round(self, seating: Seating) -> tuple[Seating, list[StepMetrics]]:
         """One round of steps, then validation, write-back and new seats."""
-        metrics, state, iteration, table = [], progress.state, progress.iteration, progress.table
+        metrics, state, iteration, table = [], seating.state, seating.iteration, seating.table
         batch = self._submit(table, iteration)
         for index in range(self._config.round_length):
             ready = batch.result()
@@ -117,16 +117,15 @@ class PopulationStream:
             state, step_metrics = self._programs.step(self._base, self._shared, state, ready)
             metrics.append(step_metrics)
             iteration += 1
-        progress = progress._replace(iteration=iteration, state=self._validate(state, table))
-        return self._seat(self._write_back(progress)), metrics
+        seating = seating._replace(iteration=iteration, state=self._validate(state, table))
+        return self._seat(self._write_back(seating)), metrics
 
     def _submit(self, table: SlotTable, iteration: int) -> concurrent.futures.Future[Batch]:
-        return self._batches.submit(
-            lambda: self._place(self._data.population(table.users, table.local_steps(iteration)))
-        )
+        users = [user if user is not None and self._source.steps_of(user) else None for user in table.users]
+        return self._batches.submit(lambda: self._place(self._data.population(users, table.local_steps(iteration))))
 
     def _validate(self, state: PopulationState, table: SlotTable) -> PopulationState:
-        if self._config.early_stop is None:
+        if self._programs.observe is None:
             return state
         rows = self._validation_rows
         batch = self._data.evaluation(table.users, "validation", max_rows=rows)
@@ -135,23 +134,21 @@ class PopulationStream:
         sums = self._programs.loss(self._base, self._shared, state.adapters, self._place(batch))
         return self._programs.observe(state, sums)
 
-    def _write_back(self, progress: Progress) -> Progress:
-        active = np.asarray(progress.state.active)
-        done = [slot for slot in progress.table.occupied if not active[slot]]
+    def _write_back(self, seating: Seating) -> Seating:
+        active = np.asarray(seating.state.active)
+        done = [slot for slot in seating.table.occupied if not active[slot]]
         for slot in done:
-            adapter, counters = self._programs.take(progress.state, jnp.int32(slot))
-            best = progress.state.best
-            user = progress.table.users[slot]
-            assert user is not None
-            validation = {} if best is None else {"validation_loss": best.loss[slot]}
-            self._writer.put(Finished(user, adapter, counters, validation, progress.parents[slot]))
-        return progress._replace(table=progress.table.release(done))
+            adapter, counters = self._programs.take(seating.state, jnp.int32(slot))
+            user = seating.table.users[slot]
+            if user is not None and self._source.steps_of(user):  # else: nothing to learn from, so no revision
+                self._writer.put(Finished(user, adapter, counters, seating.parents[slot]))
+        return seating._replace(table=seating.table.release(done))
 
-    def _seat(self, progress: Progress) -> Progress:
-        table, seated = progress.table.admit(self._queue, progress.iteration)
+    def _seat(self, seating: Seating) -> Seating:
+        table, seated = seating.table.admit(self._queue, seating.iteration)
         self._source.prefetch([user for _, user in seated])
         self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
-        state, parents = progress.state, list(progress.parents)
+        state, parents = seating.state, list(seating.parents)
         for slot, user in seated:
             start = self._source.start(user)
             state = self._programs.seat(state, jnp.int32(slot), start.member)
@@ -159,7 +156,7 @@ class PopulationStream:
         if seated:
             # The start counts as a candidate: a user whom training does not help keeps what they had.
             state = self._validate(state, table)
-        return progress._replace(table=table, parents=tuple(parents), state=state)
+        return seating._replace(table=table, parents=tuple(parents), state=state)
 
 
 def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:

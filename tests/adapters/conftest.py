@@ -15,6 +15,7 @@ from popax.adapters.cohort import Cohort
 from popax.types import NO_ADAPT, SiteInfo
 
 LAYERS = 3
+OPTIMIZER = optax.adam(0.05)
 DIMS = {
     "layers.attn.q_proj": (12, 8, ("embed", "heads")),
     "layers.attn.o_proj": (8, 12, ("heads", "embed")),
@@ -43,6 +44,9 @@ class Toy:
     weights: dict
 
     def forward(self, weights, adapt, x_BxTxD):
+        return _forward(self, weights, adapt, x_BxTxD)
+
+    def _forward(self, weights, adapt, x_BxTxD):
         def layer(h, operands):
             own, site = operands
             for inner, outer in (("attn.q_proj", "attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
@@ -58,11 +62,19 @@ class Toy:
     def base(self, x):
         return self.forward(self.weights, NO_ADAPT, x)
 
+    def op_by_op(self, adapt, x_BxTxD):
+        """Every operation compiled by itself: XLA fuses whole programs differently, and equal bits are then luck."""
+        with jax.disable_jit():
+            return self._forward(self.weights, adapt, x_BxTxD)
+
     def x(self, seed=0, batch=4, tokens=5):
         return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, tokens, 12)), jnp.float32)
 
     def cohort(self, **settings):
         return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": self.mixed} | settings)), self.sites)
+
+    def init(self, cohort, key):
+        return _init(cohort, key)
 
     def shared(self, cohort):
         return _shared(self, cohort)
@@ -72,10 +84,16 @@ class Toy:
 
     def trained(self, cohort, seed=0, steps=3):
         """A fresh adapter after a few Adam steps on a random regression: non-zero where training makes it so."""
+        self.shared(cohort)  # outside of the jitted step, which would otherwise leave its tracers in the cache
         return _trained(self, cohort, seed, steps)
 
     __hash__ = object.__hash__
     __eq__ = object.__eq__
+
+
+# One compilation for all tests of a cohort: most of this folder's time is compiling.
+_forward = jax.jit(Toy._forward, static_argnums=0)
+_init = jax.jit(Cohort.init, static_argnums=0)
 
 
 @functools.cache
@@ -83,22 +101,21 @@ def _shared(toy, cohort):
     return cohort.shared(toy.weights.__getitem__)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _train_step(toy, cohort, adapter, state, x, target):
+    loss = lambda adapter: jnp.mean((toy.run(cohort, adapter, x) - target) ** 2)  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):  # optax's own bias correction is float ** int32
+        updates, state = OPTIMIZER.update(jax.grad(loss)(adapter), state, adapter)
+    return optax.apply_updates(adapter, updates), state
+
+
 @functools.cache
 def _trained(toy, cohort, seed, steps):
     target = jnp.asarray(np.random.default_rng(seed + 1).standard_normal((4, 5, 17)), jnp.float32)
-    optimizer = optax.adam(0.05)
-    loss = lambda adapter, x: jnp.mean((toy.run(cohort, adapter, x) - target) ** 2)  # noqa: E731
-
-    @jax.jit
-    def step(adapter, state, x):
-        with jax.numpy_dtype_promotion("standard"):  # optax's own bias correction is float ** int32
-            updates, state = optimizer.update(jax.grad(loss)(adapter, x), state, adapter)
-        return optax.apply_updates(adapter, updates), state
-
-    adapter = cohort.init(jax.random.key(seed))
-    state = optimizer.init(adapter)
+    adapter = toy.init(cohort, jax.random.key(seed))
+    state = OPTIMIZER.init(adapter)
     for _ in range(steps):
-        adapter, state = step(adapter, state, toy.x(seed))
+        adapter, state = _train_step(toy, cohort, adapter, state, toy.x(seed), target)
     return adapter
 
 

@@ -11,6 +11,7 @@ from popax.adapters.apply import bind, bind_slots
 from popax.adapters.base import ALPHA_RULES
 from popax.adapters.cohort import scales
 from popax.adapters.table import METHODS
+from popax.trees import member
 from popax.types import NO_ADAPT
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -18,6 +19,10 @@ pytestmark = pytest.mark.parametrize("method", METHODS)
 
 def _equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def _close(one, other):
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6), one, other)
 
 
 def _pool(adapters, cohort):
@@ -47,15 +52,15 @@ def test_a_fresh_adapter_is_the_base(toy, method, dtype):
     for init, identity in METHODS[method].inits.items():
         cohort = toy.cohort(method=method, init=init, dtype=dtype)
         assert cohort.starts_at_base == identity
-        out = toy.run(cohort, cohort.init(jax.random.key(1)), toy.x())
-        assert bool(jnp.all(out == toy.base(toy.x()))) == identity
+        out = toy.op_by_op(bind(cohort, toy.init(cohort, jax.random.key(1)), toy.shared(cohort)), toy.x())
+        assert bool(jnp.all(out == toy.op_by_op(NO_ADAPT, toy.x()))) == identity
 
 
 @pytest.mark.parametrize("rule", ALPHA_RULES)
 def test_output_is_the_merged_weights_output(toy, method, rule):
     """Invariant 4: y + delta(x) == x W', with mixed ranks and every alpha rule."""
-    cohort = toy.cohort(method=method, alpha_rule=rule, alpha=1.5)
-    adapter, shared = toy.trained(cohort), toy.shared(cohort)
+    cohort, trained = toy.cohort(method=method, alpha_rule=rule, alpha=1.5), toy.cohort(method=method)
+    adapter, shared = toy.trained(trained), toy.shared(trained)
     merged = {
         name: cohort.merge(name, weight, adapter, shared) if name in cohort.specs else weight
         for name, weight in toy.weights.items()
@@ -95,19 +100,17 @@ def test_columns_beyond_a_rank_do_not_train(toy, method):
     """Invariant 3: zero gradient, and the same bits after training, wherever an index exceeds its layer's rank."""
     cohort = toy.cohort(method=method)
     adapter = toy.trained(cohort)
-    gradient = jax.grad(lambda state: jnp.sum(toy.run(cohort, state, toy.x(3)) ** 2))(adapter)
-    start = cohort.init(jax.random.key(0))  # the key that `trained` starts from
+    gradient = jax.jit(jax.grad(lambda state: jnp.sum(toy.run(cohort, state, toy.x(3)) ** 2)))(adapter)
+    start = toy.init(cohort, jax.random.key(0))  # the key that `trained` starts from
     padded = 0
     for name, spec in cohort.specs.items():
-        ranks_L = np.asarray(spec.ranks)
+        lead = 1 if spec.info.layers else 0
         for leaf, axes in cohort.axes()[name].items():
             beyond = np.zeros(adapter[name][leaf].shape, bool)
             for axis, logical in enumerate(axes):
                 if logical == "rank":
-                    shape = [1] * len(axes)
-                    shape[axis] = spec.rank
-                    over = np.arange(spec.rank).reshape(shape) >= ranks_L.reshape(-1, *[1] * (len(axes) - 1))
-                    beyond |= over if spec.info.layers else over[0:1].reshape(shape)
+                    index = np.arange(spec.rank).reshape([-1 if other == axis else 1 for other in range(len(axes))])
+                    beyond |= index >= np.reshape(spec.ranks, [-1] * lead + [1] * (len(axes) - lead))
             padded += beyond.sum()
             assert not np.any(np.asarray(gradient[name][leaf])[beyond])
             np.testing.assert_array_equal(
@@ -124,11 +127,12 @@ def test_mixed_rows_are_each_user_alone(toy, method):
     shared = toy.shared(cohort)
     users = [toy.trained(cohort, seed) for seed in range(3)]
     slot, x = [2, -1, 0, 0, 1, -1], toy.x(9, batch=6)
-    together = toy.forward(toy.weights, bind_slots(cohort, _pool(users, cohort), shared, jnp.asarray(slot)), x)
-    base = toy.base(x)
+    mixed = bind_slots(cohort, _pool(users, cohort), shared, jnp.asarray(slot))
+    together = toy.forward(toy.weights, mixed, x)
+    base, base_rows = toy.op_by_op(NO_ADAPT, x), toy.op_by_op(mixed, x)
     for row, index in enumerate(slot):
         if index < 0:
-            np.testing.assert_array_equal(together[row], base[row])
+            np.testing.assert_array_equal(base_rows[row], base[row])
         else:
             alone = toy.run(cohort, users[index], x[row : row + 1])[0]
             np.testing.assert_allclose(together[row], alone, rtol=1e-5, atol=1e-5)
@@ -145,8 +149,8 @@ def test_mixed_rows_train_each_user_alone(toy, method):
     shared, users, x = toy.shared(cohort), [toy.trained(cohort, seed) for seed in range(3)], toy.x(9, batch=3)
     pool, slot = _pool(users, cohort), jnp.asarray([2, -1, 0])
     loss = lambda pool: jnp.sum(toy.forward(toy.weights, bind_slots(cohort, pool, shared, slot), x) ** 2)  # noqa: E731
-    gradient = jax.grad(loss)(pool)
-    alone = jax.grad(lambda state: jnp.sum(toy.run(cohort, state, x[:1]) ** 2))(users[2])
+    gradient = jax.jit(jax.grad(loss))(pool)
+    alone = jax.jit(jax.grad(lambda state: jnp.sum(toy.run(cohort, state, x[:1]) ** 2)))(users[2])
     for name, spec in cohort.specs.items():
         take = lambda leaf, index: leaf[:, index] if spec.info.layers else leaf[index]  # noqa: B023, E731
         for leaf, got in gradient[name].items():
@@ -158,9 +162,9 @@ def test_a_population_of_fresh_adapters_is_each_alone(toy, method):
     """Invariant 1, for the start."""
     cohort = toy.cohort(method=method)
     keys = jax.random.split(jax.random.key(3), 4)
-    population = jax.vmap(cohort.init)(keys)
+    population = jax.jit(jax.vmap(cohort.init))(keys)
     for user in range(4):
-        _equal(jax.tree.map(lambda leaf: leaf[user], population), cohort.init(keys[user]))  # noqa: B023
+        _equal(member(population, user), toy.init(cohort, keys[user]))
 
 
 def test_vmapped_users_are_each_alone(toy, method):
@@ -170,20 +174,17 @@ def test_vmapped_users_are_each_alone(toy, method):
     population = jax.tree.map(lambda *leaves: jnp.stack(leaves), *users)
     x = jnp.stack([toy.x(seed) for seed in range(3)])
     loss = lambda state, x: jnp.mean(toy.run(cohort, state, x) ** 2)  # noqa: E731
-    values, gradients = jax.vmap(jax.value_and_grad(loss))(population, x)
+    values, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(population, x)
+    one = jax.jit(jax.value_and_grad(loss))
     for user, state in enumerate(users):
-        value, gradient = jax.value_and_grad(loss)(state, x[user])
+        value, gradient = one(state, x[user])
         np.testing.assert_allclose(values[user], value, rtol=1e-6)
-        jax.tree.map(
-            lambda got, want: np.testing.assert_allclose(got[user], want, rtol=1e-5, atol=1e-6),  # noqa: B023
-            gradients,
-            gradient,
-        )
+        _close(member(gradients, user), gradient)
 
 
 def test_shapes_and_axes_agree(toy, method):
     cohort = toy.cohort(method=method)
-    state, shared = cohort.init(jax.random.key(0)), toy.shared(cohort)
+    state, shared = toy.init(cohort, jax.random.key(0)), toy.shared(cohort)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(lambda leaf: leaf.shape, cohort.abstract())
     assert cohort.num_params == sum(leaf.size for leaf in jax.tree.leaves(state))
     for tree, axes in ((state, cohort.axes()), (shared, cohort.axes(shared=True))):
@@ -228,7 +229,7 @@ def test_dropout_is_unbiased_and_only_in_the_adapter(toy, method):
     outs = jax.jit(jax.vmap(lambda key: toy.run(cohort, adapter, x, dropout_key=key)))(keys)
     error = np.abs(jnp.mean(outs, axis=0) - toy.run(cohort, adapter, x))
     assert np.all(error <= 6.0 * np.std(outs, axis=0) / np.sqrt(len(keys)) + 1e-5)
-    fresh = cohort.init(jax.random.key(0))
+    fresh = toy.init(cohort, jax.random.key(0))
     _equal(toy.run(cohort, fresh, x, dropout_key=keys[0]), toy.base(x))
 
 
@@ -262,7 +263,7 @@ def test_dropout_masks_differ_in_a_vmapped_population(toy, method):
     cohort = toy.cohort(method=method, dropout=0.5)
     adapter, x = toy.trained(cohort), toy.x()
     keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.vmap(lambda key: toy.run(cohort, adapter, x, dropout_key=key))(keys)
+    together = jax.jit(jax.vmap(lambda key: toy.run(cohort, adapter, x, dropout_key=key)))(keys)
     for user in range(3):
         np.testing.assert_allclose(
             together[user], toy.run(cohort, adapter, x, dropout_key=keys[user]), rtol=1e-5, atol=1e-5
@@ -276,8 +277,8 @@ def test_only_outer_or_only_layered_sites(toy, method):
         cohort = toy.cohort(method=method, targets=targets)
         adapter, shared = toy.trained(cohort), toy.shared(cohort)
         slots = bind_slots(cohort, _pool([adapter], cohort), shared, jnp.asarray([0, -1, 0, 0]))
-        mixed = toy.forward(toy.weights, slots, toy.x())
+        mixed = toy.op_by_op(slots, toy.x())
         own = toy.run(cohort, adapter, toy.x())
         np.testing.assert_allclose(mixed[0], own[0], rtol=1e-5, atol=1e-5)
-        _equal(mixed[1], toy.base(toy.x())[1])
+        _equal(mixed[1], toy.op_by_op(NO_ADAPT, toy.x())[1])
         assert np.any(own != toy.base(toy.x()))

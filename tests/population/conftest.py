@@ -30,7 +30,7 @@ class Bench:
         return Cohort.of(config, self.model.sites())
 
     def shared(self, cohort: Cohort):
-        return cohort.shared(lambda site: self.model.site_weight(self.params, site))
+        return jax.jit(lambda params: cohort.shared(lambda site: self.model.site_weight(params, site)))(self.params)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,8 @@ def settings(users=USERS):
 
 def fresh(bench, method, optimizer, users=USERS, **changes):
     cohort = bench.cohort(method, **changes)
-    state = init_population(cohort, optimizer, jax.random.split(jax.random.key(1), users), settings(users))
+    keys = jax.random.split(jax.random.key(1), users)
+    state = jax.jit(lambda keys, own: init_population(cohort, optimizer, keys, own))(keys, settings(users))
     return cohort, bench.shared(cohort), state
 
 
@@ -80,8 +81,9 @@ def test_invariant_2_no_gradient_from_one_users_tokens_to_anothers_adapter(bench
         losses = jax.vmap(lambda one, own: objective(bench.params, bind(cohort, one, shared), own)[0])(adapters, batch)
         return losses[user]
 
+    gradient = jax.jit(jax.grad(loss_of_user))
     for user in range(USERS):
-        grads = jax.jit(jax.grad(loss_of_user), static_argnums=1)(state.adapters, user)
+        grads = gradient(state.adapters, user)
         for leaf in jax.tree.leaves(grads):
             others = np.delete(np.asarray(leaf), user, axis=0)
             assert not others.any(), "a gradient crossed from one user to another"
@@ -156,7 +158,7 @@ def test_each_user_has_a_learning_rate_a_clip_and_an_end_of_their_own(bench, ran
     first, metrics = step(bench.params, shared, state, random_batch(USERS))
     assert_same_bytes(member(first.adapters, 0), member(state.adapters, 0))
     moved = jax.tree.map(lambda a, b: a - b, first.adapters, state.adapters)
-    norms = [float(optax.global_norm(member(moved, user))) for user in range(USERS)]
+    norms = [float(optax.tree.norm(member(moved, user))) for user in range(USERS)]
     np.testing.assert_allclose(norms[2], 1e-3, rtol=1e-4)
     np.testing.assert_allclose(norms[1], float(metrics.grad_norm[1]), rtol=1e-4)
     assert first.active.tolist() == [True, True, True, False]
@@ -180,7 +182,7 @@ def test_schedule_ends_at_the_users_own_last_step():
     assert values[0] == pytest.approx(0.5)
     assert values[1] == pytest.approx(1.0)
     assert values[-1] == pytest.approx(0.1)
-    assert all(early >= late for early, late in zip(values[1:], values[2:]))
+    assert values[1:] == sorted(values[1:], reverse=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,126 @@
+"""A base: a model with its frozen weights and the digest that adapters are bound to. Loading and saving."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from popax.errors import CheckpointError
+from popax.modeling import hf
+from popax.modeling.config import ModelConfig
+from popax.modeling.digest import digest_params
+from popax.modeling.model import Model
+from popax.sharding import ShardingRules
+from popax.types import Params
+
+RECORD, WEIGHTS = "popax_base.json", "weights"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """digest: of the weights as first stored and of what of the config changes their function; it does not depend on
+    the dtype or the mesh they are loaded with. source: where the weights came from, for people to read."""
+
+    model: Model
+    params: Params
+    digest: str
+    source: str
+
+
+def new_base(model: Model, params: Params, *, source: str) -> Base:
+    """A base of weights that were made here (trained, or random): its digest is of the parameters in memory."""
+    return Base(model=model, params=params, digest=digest_params(params, model.config), source=source)
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Base:
+    """The base in a Hugging Face directory, or in one that `save_base` wrote.
+
+    dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
+    mesh: where given, each device reads its own shard only. Raises CheckpointError for a directory that is neither, or
+    whose weights are damaged or do not fit; ConfigError for a config that popax does not support.
+    """
+    directory = Path(path)
+    if (directory / RECORD).is_file():
+        return _load_saved(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
+    if (directory / hf.CONFIG).is_file():
+        model = Model(hf.read_config(directory, dtype=dtype, param_dtype=param_dtype))
+        params, digest = hf.load_weights(directory, model, mesh=mesh, rules=rules)
+        return Base(model=model, params=params, digest=digest, source=str(path))
+    state = "holds neither" if directory.is_dir() else "is not a directory with"
+    raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
+
+
+def save_base(path: str | os.PathLike[str], base: Base) -> None:
+    """Write the base as an Orbax checkpoint with its config and digest; `path` appears only once all of it is there.
+
+    Raises CheckpointError where `path` exists, or the file system refuses to write.
+    """
+    final = Path(path).absolute()
+    if final.exists():
+        raise CheckpointError(f"{final} exists already; bases are not overwritten: choose another path or remove it")
+    # Processes that save together must agree on the name; those that do not must not meet.
+    partial = final.with_name(f".{final.name}.partial-{os.getpid() if jax.process_count() == 1 else 'all'}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / WEIGHTS, base.params, force=True)
+        if jax.process_index() == 0:
+            record = {"format": FORMAT, "config": base.model.config.to_dict()}
+            record |= {"digest": base.digest, "source": base.source}
+            (partial / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            os.rename(partial, final)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final} was not written: {error}; is there space, and is its parent writable?"
+        ) from error
+
+
+def _load_saved(
+    directory: Path, *, dtype: str | None, param_dtype: str | None, mesh: Mesh | None, rules: ShardingRules | None
+) -> Base:
+    record = _read_record(directory / RECORD)
+    stored = ModelConfig.from_dict(record["config"])
+    # As with a Hugging Face directory, the compute type follows a param_dtype that is asked for.
+    chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
+    model = Model(dataclasses.replace(stored, **chosen))
+    target = model.abstract()
+    if mesh is not None:
+        target = jax.tree.map(_with_sharding, target, model.shardings(mesh, rules))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(directory.absolute() / WEIGHTS, target)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}: the weights cannot be read: {error}; copy the base again") from error
+    return Base(model=model, params=params, digest=record["digest"], source=record["source"])
+
+
+def _with_sharding(like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"format", "config", "digest", "source"} - set(record)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy the base again") from error
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}; copy the base again")
+    if record["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {record['format']}, this popax reads {FORMAT}; upgrade popax")
+    return record

@@ -1,0 +1,158 @@
+"""Weights of a Hugging Face directory, streamed: each device's shard is read from the files by itself."""
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from popax.errors import CheckpointError, ConfigError
+from popax.modeling.config import ModelConfig
+from popax.modeling.digest import TensorRecord, digest_records
+from popax.modeling.hf_config import model_config
+from popax.modeling.model import Model
+from popax.modeling.tensor_files import StoredTensor, open_tensors
+from popax.sharding import ShardingRules
+from popax.trees import flatten_named, unflatten_named
+from popax.types import Params
+
+CONFIG = "config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers that old versions of transformers stored; they follow from the config.
+DERIVED = "rotary_emb.inv_freq"
+# Copying a transposed matrix in strips is 2 to 3 times faster: a strip's cache lines are still there for the next row.
+STRIP = 256
+
+
+def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
+    """The ModelConfig of a directory's config.json."""
+    path = directory / CONFIG
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} holds a {type(record).__name__}; a config is a JSON object")
+    return model_config(record, source=str(path), dtype=dtype, param_dtype=param_dtype)
+
+
+def load_weights(
+    directory: Path, model: Model, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
+) -> tuple[Params, str]:
+    """(params as model.config.param_dtype, digest of the tensors as stored).
+
+    Host memory holds one shard of one parameter at a time. Raises CheckpointError, naming every tensor that is
+    missing, of a wrong shape, or not the model's.
+    """
+    tensors = open_tensors(directory)
+    sources = _match(model, tensors, directory)
+    digest = _digest(directory, model.config, tensors, sources)
+    abstract = flatten_named(model.abstract())
+    shardings = flatten_named(model.shardings(mesh, rules)) if mesh is not None else {}
+    params = {}
+    for name, source in sources.items():
+        like = abstract[name]
+        params[name] = _place(source, like.shape, np.dtype(like.dtype), shardings.get(name))
+    return unflatten_named(params), digest
+
+
+def hf_name(name: str, layer: int | None = None) -> str:
+    """Hugging Face's name of a parameter: layers/attn/q_proj/kernel, 3 -> model.layers.3.self_attn.q_proj.weight."""
+    outer = {"embed/embedding": EMBEDDING, "final_norm/scale": "model.norm.weight", "lm_head/kernel": HEAD}
+    if name in outer:
+        return outer[name]
+    _, *module, leaf = name.split("/")
+    words = {"attn": "self_attn", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    path = ".".join(words.get(word, word) for word in module)
+    return f"model.layers.{layer}.{path}.{'bias' if leaf == 'bias' else 'weight'}"
+
+
+class Source(NamedTuple):
+    """Where a parameter comes from: a tensor for each layer, or one. transposed: stored as [d_out, d_in]."""
+
+    tensors: list[StoredTensor]
+    layered: bool
+    transposed: bool
+
+
+def _match(model: Model, tensors: Mapping[str, StoredTensor], directory: Path) -> dict[str, Source]:
+    missing, wrong, used, sources = [], [], set(), {}
+    for name, like in flatten_named(model.abstract()).items():
+        source = Source([], name.startswith("layers/"), name.endswith("/kernel"))
+        shape = like.shape[1:] if source.layered else like.shape
+        shape = shape[::-1] if source.transposed else shape
+        for layer in range(like.shape[0]) if source.layered else (None,):
+            wanted = hf_name(name, layer)
+            if wanted == EMBEDDING and model.config.tied_embeddings and wanted not in tensors:
+                wanted = HEAD
+            used.add(wanted)
+            if wanted not in tensors:
+                missing.append(wanted)
+            elif tensors[wanted].shape != shape:
+                wrong.append(f"{wanted} is {tensors[wanted].shape}, the config asks for {shape}")
+            else:
+                source.tensors.append(tensors[wanted])
+        sources[name] = source
+    if model.config.tied_embeddings:
+        used.add(HEAD)
+    extra = [name for name in sorted(tensors) if name not in used and not name.endswith(DERIVED)]
+    problems = [_some("missing", missing), _some("of a wrong shape", wrong), _some("not the model's", extra)]
+    if any(problems):
+        raise CheckpointError(
+            f"{directory}: the tensors do not fit {CONFIG}: {'; '.join(filter(None, problems))}. "
+            "Do config and weights belong together?"
+        )
+    return sources
+
+
+def _some(what: str, names: list[str], shown: int = 5) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{what}: {', '.join(names[:shown])}{rest}" if names else ""
+
+
+def _digest(
+    directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], sources: Mapping[str, Source]
+) -> str:
+    stored = [tensor for source in sources.values() for tensor in source.tensors]
+    with ThreadPoolExecutor() as pool:  # reading and hashing both let other threads run
+        hashes = dict(zip([tensor.name for tensor in stored], pool.map(StoredTensor.sha256, stored), strict=True))
+    if config.tied_embeddings and {EMBEDDING, HEAD} <= set(tensors) and tensors[HEAD].sha256() != hashes[EMBEDDING]:
+        raise CheckpointError(
+            f"{directory}: {CONFIG} says tie_word_embeddings, but {HEAD} and {EMBEDDING} differ; "
+            "set tie_word_embeddings to false, or remove the one that is not meant"
+        )
+    return digest_records((TensorRecord(t.name, t.dtype, t.shape, hashes[t.name]) for t in stored), config)
+
+
+def _place(source: Source, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
+    """The parameter on its devices. One shard's buffer exists at a time: it is dropped once it is on the device."""
+    if sharding is None:
+        return jax.block_until_ready(jax.device_put(read_shard(source, shape, dtype, (slice(None),) * len(shape))))
+    shards = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        buffer = read_shard(source, shape, dtype, index)
+        shards.append(jax.block_until_ready(jax.device_put(buffer, device)))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def read_shard(source: Source, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """params[index] of one parameter of this shape, in this dtype: kernels turned to [d_in, d_out], layers stacked."""
+    bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    buffer = np.empty([len(part) for part in bounds], dtype)
+    inner = tuple(slice(part.start, part.stop) for part in (bounds[1:] if source.layered else bounds))
+    targets = zip(bounds[0], buffer, strict=True) if source.layered else ((0, buffer),)
+    for layer, target in targets:
+        if source.transposed:
+            _copy_transposed(target, source.tensors[layer].read(inner[::-1]))
+        else:
+            target[...] = source.tensors[layer].read(inner)
+    return buffer
+
+
+def _copy_transposed(target: np.ndarray, stored: np.ndarray) -> None:
+    for start in range(0, stored.shape[0], STRIP):
+        target[:, start : start + STRIP] = stored[start : start + STRIP].T

@@ -1,0 +1,64 @@
+"""The control of every personalisation figure: ONE adapter of the same size, trained on everybody's text."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from popax.adapters.cohort import Cohort
+from popax.data.pipeline import UserPipeline
+from popax.modeling.base import Base
+from popax.population.state import hparams, init_population, selected_adapters
+from popax.training.compiled import compile_programs
+from popax.training.config import TrainConfig
+from popax.types import AdapterState, Batch
+
+VALIDATION_USERS = 32
+
+
+def train_shared_adapter(
+    base: Base,
+    pipeline: UserPipeline,
+    config: TrainConfig,
+    users: Sequence[str],
+    shared: AdapterState,
+    *,
+    on_step: Callable[[int, int], None] = lambda step, total: None,
+) -> AdapterState:
+    """The adapter after as many tokens as all these users' own adapters were given together; leaves are [1, L, ...].
+
+    Each step takes as many rows as a population step, fair over users, and there are as many steps as the population
+    needs: users / slots rounds of config.steps. Early stopping as for a user, on some users' validation slices.
+    """
+    slots = min(config.slots, len(users))
+    total = -(-len(users) // slots) * config.steps
+    wide = dataclasses.replace(pipeline.config, batch_size=pipeline.config.batch_size * slots)
+    mixed = UserPipeline(pipeline.dataset, pipeline.tokenizer, wide).mixed(users)
+    cohort = Cohort.of(config.adapter, base.model.sites())
+    programs = compile_programs(base.model, cohort, config)
+    settings = hparams(learning_rate=config.learning_rate, max_steps=total, clip_norm=config.clip_norm)
+    keys = jax.random.split(jax.random.key(config.seed), 1)
+    track_best = config.early_stop is not None
+    state = init_population(cohort, config.optimizer, keys, settings, track_best=track_best)
+    validation = _everyone(pipeline.evaluation(list(users[:VALIDATION_USERS]), "validation", max_rows=2))
+    for step in range(total + 1):
+        if (
+            programs.observe is not None
+            and config.early_stop
+            and (step % config.early_stop.every == 0 or step == total)
+        ):
+            sums = programs.loss(base.params, shared, state.adapters, validation)
+            state = programs.observe(state, sums)
+            if not bool(state.active[0]):
+                break
+        if step < total:
+            batch = jax.tree.map(lambda leaf: leaf[None], mixed.batch(step))
+            state, _ = programs.step(base.params, shared, state, batch)
+            on_step(step + 1, total)
+    return selected_adapters(state)
+
+
+def _everyone(batch_NxMxT: Batch) -> Batch:
+    """[N, M, T] -> [1, N*M, T]: many users' rows as one's."""
+    return jax.tree.map(lambda leaf: np.reshape(leaf, (1, -1, leaf.shape[-1])), batch_NxMxT)

@@ -1,0 +1,24 @@
+"""Real inputs lie beside the project root; a small in-memory population for everything else."""
+
+from pathlib import Path
+
+import pytest
+
+from popax.data.users import UserDataset
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"no real inputs at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def dataset():
+    """Users a..e with 4, 9, 14, 19, 24 texts of different lengths; every text names its user and its time."""
+    return UserDataset.from_examples(
+        {user: [f"{user}{i:02d} " * (1 + (7 * i) % 11) for i in range(4 + 5 * n)] for n, user in enumerate("abcde")}
+    )

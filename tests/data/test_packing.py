@@ -1,0 +1,120 @@
+"""Rows: every token is a target exactly once, within its own segment, with its bytes and its weight."""
+
+import json
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from popax.data.packing import Document, encode_example, pack_documents
+from popax.data.records import Example
+from popax.data.tokenize import load_tokenizer
+
+BYTE = load_tokenizer("byte")
+BOS, EOS = BYTE.bos_id, BYTE.eos_id
+
+
+def segments_of(batch):
+    """(tokens, targets, weights, bytes) of every segment of every row, positions and padding checked on the way."""
+    for row in zip(*batch, strict=True):
+        tokens, targets, weights, positions, segments, target_bytes = row
+        used = np.flatnonzero(segments)
+        assert used.tolist() == list(range(len(used)))  # padding only at the end
+        assert not any(leaf[len(used) :].any() for leaf in row)
+        assert sorted(set(segments[used])) == list(range(1, segments.max() + 1))
+        for segment in range(1, segments.max() + 1):
+            at = segments == segment
+            assert positions[at].tolist() == list(range(at.sum()))
+            yield tokens[at], targets[at], weights[at], target_bytes[at]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    texts=st.lists(st.text("abé😀 ", max_size=30), max_size=12),
+    seq_len=st.integers(1, 40),
+    pack=st.booleans(),
+)
+def test_every_token_is_a_target_once(texts, seq_len, pack):
+    documents = [encode_example(Example(user="u", text=text), BYTE) for text in texts]
+    batch = pack_documents(documents, seq_len, pack=pack)
+    assert [leaf.dtype for leaf in batch] == [np.int32, np.int32, np.float32, np.int32, np.int32, np.int32]
+    assert all(leaf.shape == (len(batch.tokens_BxT), seq_len) for leaf in batch)
+    pieces = list(segments_of(batch))
+    for tokens, targets, weights, _ in pieces:
+        assert tokens[1:].tolist() == targets[:-1].tolist()  # the next token, never across a boundary
+        assert weights.all()
+    expected = sorted(t for text in texts for t in [*text.encode(), EOS])
+    assert sorted(t for _, targets, _, _ in pieces for t in targets.tolist()) == expected
+    assert batch.target_bytes_BxT.sum() == sum(len(text.encode()) for text in texts)
+    assert batch.target_bytes_BxT[batch.targets_BxT == EOS].sum() == 0
+    assert batch.weights_BxT.sum() == len(expected)
+    if not pack:
+        assert len(pieces) == len(batch.tokens_BxT)
+    # The pieces, put together in order, are the documents.
+    remaining = {tuple(targets.tolist()): None for _, targets, _, _ in pieces}
+    for text in texts:
+        stream = [*text.encode(), EOS]
+        for start in range(0, len(stream), seq_len):
+            assert tuple(stream[start : start + seq_len]) in remaining
+
+
+def test_a_long_document_continues_from_its_last_target():
+    batch = pack_documents([encode_example(Example(user="u", text="abcdefgh"), BYTE)], 4)
+    assert batch.tokens_BxT.tolist() == [[BOS, *b"abc"], [*b"defg"], [ord("h"), 0, 0, 0]]
+    assert batch.targets_BxT.tolist() == [[*b"abcd"], [*b"efgh"], [EOS, 0, 0, 0]]
+    assert batch.weights_BxT.tolist() == [[1] * 4, [1] * 4, [1, 0, 0, 0]]
+    assert batch.segments_BxT.tolist() == [[1] * 4, [1] * 4, [1, 0, 0, 0]]
+
+
+def test_short_documents_share_a_row():
+    batch = pack_documents([encode_example(Example(user="u", text=text), BYTE) for text in ("a", "b😀", "c")], 12)
+    assert batch.tokens_BxT.tolist() == [[BOS, 97, BOS, *"b😀".encode(), BOS, 99, 0, 0]]
+    assert batch.segments_BxT.tolist() == [[1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 0, 0]]
+    assert batch.positions_BxT.tolist() == [[0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 0, 0]]
+    assert batch.target_bytes_BxT.tolist() == [[1, 0, 1, 4, 0, 0, 0, 0, 1, 0, 0, 0]]
+
+
+def test_a_prompt_carries_no_loss():
+    document = encode_example(Example(user="u", prompt="né", completion="ja"), BYTE)
+    assert document.ids.tolist() == [BOS, *"né".encode(), *b"ja", EOS]
+    assert document.weights.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert document.num_bytes.tolist() == [0, 1, 2, 0, 1, 1, 0]
+    assert len(pack_documents([Document(*(leaf[:4] for leaf in document))], 8).tokens_BxT) == 0  # nothing to learn
+
+
+def test_a_prompt_is_tokenised_as_it_stands_when_generating(shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
+    for prompt, completion in [("Hello", " world"), ("Hel", "lo world")]:  # the second would merge over the boundary
+        document = encode_example(Example(user="u", prompt=prompt, completion=completion), tokenizer)
+        head = tokenizer.encode(prompt).ids.tolist()
+        assert document.ids[: len(head)].tolist() == head
+        assert document.weights.tolist() == [0] * len(head) + [1] * (len(document.ids) - len(head))
+        assert document.num_bytes.sum() == len((prompt + completion).encode())
+        assert tokenizer.decode(document.ids) == prompt + completion
+
+
+def test_a_conversation_is_framed_by_its_template(tmp_path):
+    turns = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
+    BYTE.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for template, ids, weights in [
+        (
+            "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+            [BOS, *b"hi", EOS, *b"ho", EOS],
+            3,
+        ),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [BOS, *b"hiho", EOS], 3),
+    ]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+        document = encode_example(Example(user="u", messages=turns), load_tokenizer(tmp_path))
+        assert document.ids.tolist() == ids
+        assert document.weights.tolist() == [0] * (len(ids) - weights) + [1] * weights
+
+
+def test_framing_follows_the_tokenizer(shared):
+    example = Example(user="u", text="Once upon a time")
+    stories = encode_example(example, load_tokenizer(shared / "tinystories_656k_hf"))
+    assert stories.ids[[0, -1]].tolist() == [1, 2]
+    minimind = encode_example(example, load_tokenizer(shared / "tokenizers" / "minimind"))  # add_bos_token: false
+    assert minimind.ids[0] != 1
+    assert minimind.ids[-1] == 2

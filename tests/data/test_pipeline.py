@@ -1,0 +1,217 @@
+"""Batches: pure in (user, seed, step), fair, split in time, resumable."""
+
+import collections
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popax.data.pipeline import PipelineConfig, UserPipeline, prefetch
+from popax.data.records import Example
+from popax.data.tokenize import load_tokenizer
+from popax.data.users import UserDataset, split_past_future
+from popax.errors import ConfigError, DataError
+from popax.types import Batch
+
+BYTE = load_tokenizer("byte")
+
+
+def make(dataset, **changes):
+    return UserPipeline(dataset, BYTE, PipelineConfig(**{"seq_len": 32, "batch_size": 3} | changes))
+
+
+def equal(one, other):
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def words(batch):
+    """The words in the targets of a batch, each of which names its user and its time."""
+    tokens = batch.targets_BxT[batch.weights_BxT > 0]
+    return [word for word in BYTE.decode(tokens[tokens != BYTE.eos_id]).split() if len(word) == 3]
+
+
+@given(
+    n=st.integers(0, 300),
+    past=st.floats(0.01, 1.0),
+    validation=st.floats(0.0, 0.9),
+)
+def test_past_comes_before_validation_before_future(n, past, validation):
+    parts = split_past_future(n, past, validation)
+    assert [i for part in parts for i in part] == list(range(n))
+    if n >= 2 and past < 1.0:
+        assert len(parts.past) + len(parts.validation) >= 1
+        assert len(parts.future) >= 1
+    if n:
+        assert len(parts.past) >= 1
+    if past == 1.0:
+        assert len(parts.future) == 0
+    if validation == 0.0:
+        assert len(parts.validation) == 0
+
+
+def test_split_of_a_hundred():
+    assert [len(part) for part in split_past_future(100, 0.8, 0.1)] == [72, 8, 20]
+    assert [len(part) for part in split_past_future(1, 0.8, 0.1)] == [1, 0, 0]
+
+
+def test_each_split_holds_its_own_part_of_time(dataset):
+    pipeline = make(dataset)
+    for user in dataset.users():
+        parts = [sorted(set(words(pipeline.rows(user, split)))) for split in ("past", "validation", "future")]
+        times = [time for part in parts for time in part]
+        assert times == sorted(set(times))  # in order, nothing twice
+        assert len(times) == dataset.num_examples(user)
+
+
+def test_examples_are_ordered_by_the_dataset_not_by_their_text():
+    examples = [Example(user="u", time=time, text=f"t{time}") for time in range(10)]
+    dataset = UserDataset.from_examples({"u": examples})
+    assert dataset.examples("u") == examples
+    future = make(dataset).rows("u", "future")
+    assert "t8" in BYTE.decode(future.targets_BxT[0])
+
+
+def test_batch_is_a_pure_function_of_user_seed_and_step(dataset):
+    one, other = make(dataset), make(dataset)
+    for step in (7, 0, 3):
+        assert equal(one.batch("c", step), other.batch("c", step))
+    assert one.batch("c", 0).tokens_BxT.shape == (3, 32)
+    alone = make(UserDataset.from_examples({"c": dataset.examples("c")}))
+    assert equal(alone.batch("c", 5), one.batch("c", 5))  # whoever else is there
+    assert not equal(make(dataset, seed=1).batch("c", 0), one.batch("c", 0))
+    small_cache = make(dataset, cached_users=1)
+    for user in "abab":
+        assert equal(small_cache.batch(user, 2), one.batch(user, 2))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_every_row_is_seen_once_before_any_is_seen_twice(dataset, batch_size):
+    pipeline = make(dataset, batch_size=batch_size)
+    for user in ("a", "e"):
+        rows = [row.tobytes() for row in pipeline.rows(user, "past").targets_BxT]
+        assert len(set(rows)) == len(rows)
+        seen = [
+            row.tobytes()
+            for step in range(-(-2 * len(rows) // batch_size))
+            for row in pipeline.batch(user, step).targets_BxT
+        ]
+        orders = [seen[start : start + len(rows)] for start in range(0, 2 * len(rows), len(rows))]
+        for order in orders:
+            assert sorted(order) == sorted(rows)
+    assert orders[0] != orders[1]  # a new order every epoch
+
+
+def test_population_stacks_what_each_user_gets_alone(dataset):
+    """Invariant 1, on the data's side: member i's batch is that of i alone."""
+    pipeline = make(dataset)
+    batch = pipeline.population(["b", None, "e"], [4, 0, 9])
+    assert batch.tokens_BxT.shape == (3, 3, 32)
+    assert equal(Batch._make(leaf[0] for leaf in batch), pipeline.batch("b", 4))
+    assert equal(Batch._make(leaf[2] for leaf in batch), pipeline.batch("e", 9))
+    assert not any(leaf[1].any() for leaf in batch)
+
+
+def test_evaluation_pads_to_the_longest(dataset):
+    pipeline = make(dataset)
+    counts = {user: len(pipeline.rows(user, "future").tokens_BxT) for user in "ae"}
+    assert counts["a"] < counts["e"]
+    batch = pipeline.evaluation(["a", None, "e"], "future")
+    assert batch.tokens_BxT.shape == (3, counts["e"], 32)
+    assert equal(Batch._make(leaf[0, : counts["a"]] for leaf in batch), pipeline.rows("a", "future"))
+    assert not batch.weights_BxT[0, counts["a"] :].any()
+    assert not batch.weights_BxT[1].any()
+    assert pipeline.evaluation(["a", "e"], "future", max_rows=2).tokens_BxT.shape == (2, 2, 32)
+    assert pipeline.evaluation([None], "past").tokens_BxT.shape == (1, 1, 32)
+
+
+def test_mixed_is_fair_over_users(dataset):
+    mixed = make(dataset).mixed(dataset.users())
+    rows = [BYTE.decode(row)[0] for step in range(50) for row in without_cuts(mixed.batch(step))]
+    for start in range(0, len(rows) - 5, 5):
+        assert sorted(rows[start : start + 5]) == list("abcde")
+    assert len({tuple(rows[start : start + 5]) for start in range(0, 150, 5)}) > 5  # not always beside the same user
+    again = make(dataset).mixed(dataset.users())
+    assert equal(again.batch(17), mixed.batch(17))
+    assert [row for row in mixed.batch(0).tokens_BxT if not row.any()] == []
+
+
+def without_cuts(batch):
+    """Rows of any piece: the first three letters of a cut row may not name the user, so look for one that does."""
+    for row in batch.tokens_BxT:
+        text = row[row < 256]
+        yield text[np.isin(text, list(b"abcde"))]
+
+
+def test_mixed_by_row_sees_every_row_once_an_epoch(dataset):
+    pipeline = make(dataset, batch_size=1)
+    rows = sorted(row.tobytes() for user in dataset.users() for row in pipeline.rows(user, "past").tokens_BxT)
+    mixed = pipeline.mixed(dataset.users(), by="row")
+    assert sorted(mixed.batch(step).tokens_BxT[0].tobytes() for step in range(len(rows))) == rows
+    assert collections.Counter(rows).most_common(1)[0][1] == 1
+
+
+def test_users_without_a_past():
+    dataset = UserDataset.from_examples({"empty": [], "full": ["text"]})
+    pipeline = make(dataset)
+    with pytest.raises(DataError, match="user 'empty' has nothing to learn from"):
+        pipeline.batch("empty", 0)
+    assert pipeline.mixed(["empty", "full"]).users == ["full"]
+    with pytest.raises(DataError, match="none of the 1 users"):
+        pipeline.mixed(["empty"])
+    with pytest.raises(DataError, match="no user 'eve'"):
+        pipeline.rows("eve", "past")
+
+
+def test_resuming_gives_the_same_remaining_batches(dataset):
+    """Invariant 6, on the data's side: bitwise, from any point, through a JSON-able state."""
+    pipeline = make(dataset)
+    users = ["a", None, "e"]
+    for batch in (pipeline.mixed(dataset.users()).batch, lambda step: pipeline.population(users, [step] * 3)):
+        whole = prefetch(batch, num_steps=12, threads=2, buffer=4)
+        for _ in range(5):
+            next(whole)
+        state = whole.get_state()
+        assert state == {"next_index": 5}
+        rest = list(whole)
+        whole.close()
+        resumed = prefetch(batch, num_steps=12)
+        next(resumed)
+        resumed.set_state(state)
+        again = list(resumed)
+        resumed.close()
+        assert len(rest) == len(again) == 7
+        assert all(equal(one, other) for one, other in zip(rest, again, strict=True))
+        assert all(equal(one, batch(5 + i)) for i, one in enumerate(rest))
+
+
+def test_prefetching_is_bounded():
+    made = []
+
+    def batch(step):
+        made.append((step, threading.current_thread().name))
+        return step
+
+    iterator = prefetch(batch, num_steps=1000, threads=2, buffer=3)
+    assert next(iterator) == 0
+    assert next(iterator) == 1
+    assert len(made) <= 2 + 3
+    assert len({thread for _, thread in made}) <= 2
+    assert threading.current_thread().name not in {thread for _, thread in made}
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"past_fraction": 0.0}, "past_fraction=0.0"),
+        ({"past_fraction": 1.1}, "past_fraction=1.1"),
+        ({"validation_fraction": 1.0}, "validation_fraction=1.0"),
+    ],
+)
+def test_bad_configs_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PipelineConfig(**{"seq_len": 8, "batch_size": 1} | changes)

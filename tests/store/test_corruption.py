@@ -1,0 +1,101 @@
+"""A flipped bit anywhere is detected at load, and the message names the user and the revision."""
+
+import random
+
+import numpy as np
+import pytest
+
+from popax.errors import CatalogError, CorruptRevisionError
+from popax.store import Catalog
+from popax.store.database import Database
+from popax.store.records import BrokenRecordError, manifest_key, rows_path, seal, unseal, user_key
+
+
+@pytest.fixture
+def database(catalog, cohort, make_adapter, place):
+    for seed in range(3):
+        catalog.commit(cohort, "ada", make_adapter(seed), metrics={"loss": 1.25}, run="r")
+        catalog.commit(cohort, "bob", make_adapter(seed + 10))
+    return Database.open(place, create=False)
+
+
+def _flip(data, bit):
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_every_flipped_bit_of_a_row_is_seen(database, cohort, place, same, make_adapter):
+    row = Catalog.open(place).load("ada", 2)[1].row
+    key = f"{rows_path(cohort.id)}c/{row}/0"
+    good = database.kvstore.read(key).result().value
+    rng = random.Random(0)
+    for _ in range(30):
+        database.kvstore.write(key, _flip(good, rng.randrange(len(good) * 8))).result()
+        with pytest.raises(CorruptRevisionError, match="'ada'@2"):
+            Catalog.open(place).load("ada", 2)
+    same(Catalog.open(place).load("ada", 3)[0], make_adapter(2))
+    database.kvstore.write(key, None).result()
+    with pytest.raises(CorruptRevisionError, match="'ada'@2"):
+        Catalog.open(place).load("ada", 2)
+
+
+def test_the_broken_row_of_a_batch_is_named(database, cohort, place):
+    row = Catalog.open(place).load("bob")[1].row
+    database.kvstore.write(f"{rows_path(cohort.id)}c/{row}/0", b"short").result()
+    with pytest.raises(CorruptRevisionError, match="'bob'@3"):
+        Catalog.open(place).load_batch(["ada", "bob"])
+
+
+@pytest.mark.parametrize(("key", "named"), [(manifest_key("ada", 3), "'ada'@3"), (user_key("ada"), "user 'ada'")])
+def test_every_flipped_bit_of_a_record_is_seen(database, place, key, named):
+    good = database.kvstore.read(key).result().value
+    rng = random.Random(0)
+    for _ in range(30):
+        database.kvstore.write(key, _flip(good, rng.randrange(len(good) * 8))).result()
+        with pytest.raises(CorruptRevisionError, match=named):
+            Catalog.open(place).load("ada")
+
+
+def test_records_under_another_users_key_are_refused(database, place):
+    copied = database.kvstore.read(manifest_key("bob", 2)).result().value
+    database.kvstore.write(manifest_key("ada", 2), copied).result()
+    with pytest.raises(CorruptRevisionError, match="'ada'@2.*'bob'@2"):
+        Catalog.open(place).load("ada", 2)
+    database.kvstore.write(user_key("ada"), database.kvstore.read(user_key("bob")).result().value).result()
+    with pytest.raises(CorruptRevisionError, match="user 'ada'"):
+        Catalog.open(place).load("ada")
+
+
+def test_a_lost_manifest_is_named(database, place):
+    database.kvstore.write(manifest_key("ada", 3), None).result()
+    with pytest.raises(CorruptRevisionError, match="'ada'@3"):
+        Catalog.open(place).load("ada")
+
+
+def test_flips_in_the_files_themselves_never_give_wrong_bytes(database, place, same, make_adapter):
+    rng = random.Random(1)
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    seen = 0
+    for _ in range(60):
+        path = rng.choice(files)
+        good = path.read_bytes()
+        path.write_bytes(_flip(good, rng.randrange(len(good) * 8)))
+        for user, first in (("ada", 0), ("bob", 10)):
+            for revision in (1, 2, 3):
+                try:
+                    same(Catalog.open(place).load(user, revision)[0], make_adapter(first + revision - 1))
+                except CatalogError:
+                    seen += 1
+        path.write_bytes(good)
+    assert seen
+
+
+def test_sealing():
+    record = {"a": [1, 2.5, "é", None], "b": {"c": True}}
+    sealed = seal(record)
+    assert unseal(sealed) == record
+    for bit in range(len(sealed) * 8):
+        with pytest.raises(BrokenRecordError):
+            unseal(_flip(sealed, bit))
+    assert unseal(seal({"x": np.float32(0.5), "y": np.arange(2)})) == {"x": 0.5, "y": [0, 1]}

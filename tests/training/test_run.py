@@ -1,0 +1,127 @@
+"""A queue of users through fewer slots: everyone is trained, as if alone, whatever stops the run in between."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from popax.adapters.base import AdapterConfig
+from popax.adapters.table import METHODS
+from popax.data.pipeline import PipelineConfig, UserPipeline
+from popax.data.tokenize import load_tokenizer
+from popax.data.users import UserDataset
+from popax.errors import ConfigError, DataError, StorageError
+from popax.store.catalog import Catalog
+from popax.training.run import train_population
+
+
+def contents(catalog: Catalog) -> dict[str, list[tuple]]:
+    """Every user's revisions: numbers, digests and counters."""
+    return {
+        record.user: [(m.revision, m.digest, tuple(sorted(m.metrics.items()))) for m in catalog.history(record.user)]
+        for record in catalog.list()
+    }
+
+
+def train(base, pipeline, config, place, **options):
+    with_catalog = Catalog.open(place / "catalog", create=True)
+    return with_catalog, train_population(
+        base, pipeline, config, directory=place / "run", catalog=with_catalog, **options
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_path, method):
+    pipeline = pipeline_of(7)
+    config = train_config(adapter=AdapterConfig(method=method, rank=2, init="default"), slots=3)
+    together, report = train(base, pipeline, config, tmp_path / "together")
+    assert report.finished
+    assert set(report.trained) == set(pipeline.dataset.users())
+    # Alone: a population of one slot that meets the users one after the other.
+    alone, _ = train(base, pipeline, dataclasses.replace(config, slots=1), tmp_path / "alone")
+    moved = 0.0
+    for user in pipeline.dataset.users():
+        (mine, manifest), (other, single) = together.load(user), alone.load(user)
+        assert manifest.metrics["steps"] == single.metrics["steps"]
+        assert manifest.metrics["kept_step"] == single.metrics["kept_step"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), mine, other)
+        moved += sum(float(np.abs(leaf).sum()) for site in mine.values() for name, leaf in site.items() if name != "a")
+    assert moved > 0, "nothing was trained"
+
+
+def test_invariant_6_stopping_at_every_round_changes_nothing(base, pipeline_of, train_config, tmp_path):
+    pipeline, config = pipeline_of(5), train_config(slots=3)
+    straight, _ = train(base, pipeline, config, tmp_path / "straight")
+    finished, starts = False, 0
+    while not finished:
+        starts += 1
+        interrupted, report = train(base, pipeline, config, tmp_path / "stopped", stop_requested=lambda: True)
+        finished = report.finished
+    assert starts > 2
+    assert contents(interrupted) == contents(straight)
+
+
+def test_invariant_7_a_stream_compiles_each_program_once(base, pipeline_of, train_config, tmp_path, monkeypatch):
+    from popax.training import run as run_module
+
+    jax.clear_caches()  # jit shares the programs of other tests
+    made = []
+    compile_programs = run_module.compile_programs
+    monkeypatch.setattr(run_module, "compile_programs", lambda *a: made.append(compile_programs(*a)) or made[-1])
+    train(base, pipeline_of(9), train_config(slots=3), tmp_path)
+    assert {name: program._cache_size() for name, program in made[0]._asdict().items()} == dict.fromkeys(
+        made[0]._fields, 1
+    )
+
+
+def test_only_users_with_new_data_are_trained_again(base, pipeline_of, train_config, tmp_path):
+    pipeline, config = pipeline_of(3), train_config(slots=2)
+    catalog, _ = train(base, pipeline, config, tmp_path)
+    before = contents(catalog)
+    with pytest.raises(ConfigError, match="other settings"):
+        train(base, pipeline, train_config(slots=2, steps=8), tmp_path)
+    again = train_population(base, pipeline, config, directory=tmp_path / "second", catalog=catalog)
+    assert again.trained == ()
+    assert again.up_to_date == 3
+    assert contents(catalog) == before
+    more = {user: [e.text for e in pipeline.dataset.examples(user)] for user in pipeline.dataset.users()}
+    more["user-001"].append("something new " * 3)
+    grown = UserPipeline(UserDataset.from_examples(more), pipeline.tokenizer, pipeline.config)
+    third = train_population(base, grown, config, directory=tmp_path / "third", catalog=catalog)
+    assert third.trained == ("user-001",)
+    latest = catalog.history("user-001")[-1]
+    assert (latest.revision, latest.parent) == (2, 1)
+    assert latest.provenance["data"]["examples"] == 8
+
+
+def test_a_user_with_nothing_to_learn_from_gets_no_revision(base, train_config, tmp_path):
+    dataset = UserDataset.from_examples({"silent": ["", ""], "speaks": ["hello there"] * 4})
+    tokenizer = load_tokenizer("byte")
+    pipeline = UserPipeline(dataset, tokenizer, PipelineConfig(seq_len=16, batch_size=2))
+    empty = not len(pipeline.rows("silent", "past").tokens_BxT)
+    catalog, report = train(base, pipeline, train_config(slots=2), tmp_path)
+    assert report.finished
+    assert "speaks" in report.trained
+    assert catalog.exists("silent") != empty
+    assert (report.nothing_to_learn == ("silent",)) == empty
+    with pytest.raises(DataError, match="min_examples=9"):
+        train(base, pipeline, train_config(slots=2, min_examples=9), tmp_path / "none")
+
+
+def test_a_failed_write_stops_the_run_and_nothing_is_lost(base, pipeline_of, train_config, tmp_path, monkeypatch):
+    pipeline, config = pipeline_of(5), train_config(slots=2)
+    straight, _ = train(base, pipeline, config, tmp_path / "straight")
+    full = [False, True]
+
+    def commit(self, cohort, commits, original=Catalog.commit_batch):
+        if full and full.pop(0):
+            raise StorageError("no space left on the device")
+        return original(self, cohort, commits)
+
+    monkeypatch.setattr(Catalog, "commit_batch", commit)
+    with pytest.raises(StorageError, match="no space"):
+        train(base, pipeline, config, tmp_path / "full")
+    resumed, report = train(base, pipeline, config, tmp_path / "full")
+    assert report.finished
+    assert contents(resumed) == contents(straight)
