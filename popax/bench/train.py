@@ -66,14 +66,15 @@ def random_batch(config: BenchTrainConfig, vocab_size: int, users: int) -> Batch
     """Full rows of random tokens, one segment each: [users, batch, tokens]."""
     shape = (users, config.batch_size, config.seq_len)
     draws = np.random.default_rng(config.seed).integers(0, vocab_size, (*shape[:2], shape[2] + 1), dtype=np.int32)
-    return Batch(  # pyright: ignore[reportArgumentType] - NumPy until it is put on the device
-        tokens_BxT=draws[..., :-1],
-        targets_BxT=draws[..., 1:],
-        weights_BxT=np.ones(shape, np.float32),
-        positions_BxT=np.broadcast_to(np.arange(config.seq_len, dtype=np.int32), shape).copy(),
-        segments_BxT=np.ones(shape, np.int32),
-        target_bytes_BxT=np.ones(shape, np.int32),
+    leaves = (
+        draws[..., :-1],
+        draws[..., 1:],
+        np.ones(shape, np.float32),
+        np.broadcast_to(np.arange(config.seq_len, dtype=np.int32), shape),
+        np.ones(shape, np.int32),
+        np.ones(shape, np.int32),
     )
+    return Batch(*jax.device_put(leaves))
 
 
 def base_only(model: Model, *, remat: bool = False) -> Callable[[Params, jax.Array, Batch], jax.Array]:
@@ -119,7 +120,7 @@ def _set_up(model_config: ModelConfig, config: BenchTrainConfig) -> _Setup:
     settings = hparams(learning_rate=1e-3, max_steps=1 << 30, clip_norm=1.0)
     keys = jax.random.split(jax.random.key(config.seed + 1), config.users)
     state = jax.jit(lambda keys: init_population(cohort, train.optimizer, keys, settings))(keys)
-    batch = jax.device_put(random_batch(config, model_config.vocab_size, config.users))
+    batch = random_batch(config, model_config.vocab_size, config.users)
     return _Setup(config, model, compile_programs(model, cohort, train), params, shared, state, batch)
 
 

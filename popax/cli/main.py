@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_named_command(arguments)).parse_args(arguments)
+    if not args.debug:
+        _quiet()
     try:
         return args.run(args) or 0
     except KeyboardInterrupt as interrupt:
@@ -54,6 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code if isinstance(error, PopaxError) else EXIT_ERROR
+
+
+def _quiet() -> None:
+    """Only errors of absl's log: Orbax warns there of what a user of popax neither chose nor can change."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:

@@ -87,7 +87,7 @@ class Scorer:
             # The last group is filled up with its first user: one shape, one program.
             group = real + real[:1] * (self._config.group - len(real))
             batch = data.evaluation(group, self._config.split, self._config.max_rows)
-            sums = [score(group, chunk) for chunk in _row_chunks(batch, self._config.rows)]
+            sums = [score(group, chunk) for chunk in row_chunks(batch, self._config.rows)]
             total = jax.tree.map(lambda *parts: np.sum([np.asarray(part) for part in parts], axis=0), *sums)
             keep = slice(len(real))
             totals.append(Sums(*(leaf[keep] for leaf in total)))
@@ -96,7 +96,7 @@ class Scorer:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *totals)
 
 
-def _row_chunks(batch_NxMxT: Batch, rows: int) -> list[Batch]:
+def row_chunks(batch_NxMxT: Batch, rows: int) -> list[Batch]:
     """Chunks of exactly `rows` rows, the last one padded with rows of weight 0."""
     count = batch_NxMxT.tokens_BxT.shape[1]
 

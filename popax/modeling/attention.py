@@ -1,4 +1,7 @@
-"""Causal attention over packed rows or a cache, with grouped query heads. Kernels enter at `dot_product_attention`."""
+"""Causal attention over packed rows or a cache, with grouped query heads.
+
+Kernels enter at `causal_attention` (training, packed rows) and `dot_product_attention` (the cache).
+"""
 
 import math
 
@@ -12,6 +15,11 @@ from popax.modeling.layers import Linear, RMSNorm
 from popax.modeling.rope import rotate
 from popax.types import SiteFn
 
+# Measured on two CPU cores at 16 x 256 tokens, 8/4 heads of 64: forward and backward in 80 ms with strips of 64, 102 ms
+# with strips of 128, 111 ms with none. Long rows get wider strips, so that programs stay small.
+STRIP = 64
+MAX_STRIPS = 8
+
 
 def dot_product_attention(
     q_BxTxHxd: jax.Array, k_BxSxKxd: jax.Array, v_BxSxKxd: jax.Array, mask_BxTxS: jax.Array
@@ -21,16 +29,53 @@ def dot_product_attention(
     Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is float32. A query that may
     see no key gets the mean of all values: finite, and only padding is such a query.
     """
-    batch, length, heads, dim = q_BxTxHxd.shape
-    kv_heads = k_BxSxKxd.shape[2]
-    q_BxTxKxGxd = q_BxTxHxd.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    scores_BxKxGxTxS = jnp.einsum("btkgd,bskd->bkgts", q_BxTxKxGxd, k_BxSxKxd, preferred_element_type=jnp.float32)
-    scores_BxKxGxTxS = scores_BxKxGxTxS * jnp.float32(1 / math.sqrt(dim))
+    q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd = _heads_first(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd)
+    return _heads_last(_attend(q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd, mask_BxTxS))
+
+
+def causal_attention(
+    q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array, mask_BxTxT: jax.Array
+) -> jax.Array:
+    """`dot_product_attention` under a mask that allows no later key, at little more than half its cost.
+
+    Queries go in strips, and a strip meets the keys up to its own end only.
+    """
+    q_BxKxGxTxd, k_BxKxTxd, v_BxKxTxd = _heads_first(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
+    length = q_BxTxHxd.shape[1]
+    width = max(STRIP, -(-length // MAX_STRIPS))
+    strips = []
+    for start in range(0, length, width):
+        end = min(start + width, length)
+        mask_BxtxS = mask_BxTxT[:, start:end, :end]
+        strips.append(
+            _attend(q_BxKxGxTxd[..., start:end, :], k_BxKxTxd[..., :end, :], v_BxKxTxd[..., :end, :], mask_BxtxS)
+        )
+    return _heads_last(jnp.concatenate(strips, axis=-2))
+
+
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batched matrix products want the batch outermost: [B, K, G, T, d], [B, K, S, d] twice."""
+    batch, length, heads, dim = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], dim)
+    return grouped.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def _heads_last(out_BxKxGxTxd: jax.Array) -> jax.Array:
+    batch, kv_heads, groups, length, dim = out_BxKxGxTxd.shape
+    return out_BxKxGxTxd.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * groups, dim)
+
+
+def _attend(q_BxKxGxTxd: jax.Array, k_BxKxSxd: jax.Array, v_BxKxSxd: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
+    batch, kv_heads, groups, length, dim = q_BxKxGxTxd.shape
+    # The queries of a group as further rows: one product for each kv head.
+    rows_BxKxQxd = q_BxKxGxTxd.reshape(batch, kv_heads, groups * length, dim)
+    scores_BxKxQxS = jnp.einsum("bkqd,bksd->bkqs", rows_BxKxQxd, k_BxKxSxd, preferred_element_type=jnp.float32)
+    scores_BxKxGxTxS = scores_BxKxQxS.reshape(batch, kv_heads, groups, length, -1) * jnp.float32(1 / math.sqrt(dim))
     lowest = jnp.float32(jnp.finfo(jnp.float32).min)
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, lowest)
-    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxd.dtype)
-    out_BxTxKxGxd = jnp.einsum("bkgts,bskd->btkgd", weights_BxKxGxTxS, v_BxSxKxd)
-    return out_BxTxKxGxd.reshape(batch, length, heads, dim)
+    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxKxSxd.dtype)
+    weights_BxKxQxS = weights_BxKxGxTxS.reshape(scores_BxKxQxS.shape)
+    return jnp.einsum("bkqs,bksd->bkqd", weights_BxKxQxS, v_BxKxSxd).reshape(q_BxKxGxTxd.shape)
 
 
 def packed_mask(segments_BxT: jax.Array) -> jax.Array:
@@ -82,7 +127,7 @@ class Attention(nnx.Module):
         q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)
         k_BxTxKxd = rotate(k_BxTxKxd, *rope, config.rope_layout)
         if cache is None:
-            out = dot_product_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS)
+            out = causal_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS)
         else:
             cache = cache.write(k_BxTxKxd, v_BxTxKxd)
             k_BxSxKxd, v_BxSxKxd = cache.read(q_BxTxHxd.dtype)

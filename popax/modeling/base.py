@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from popax.errors import CheckpointError
+from popax.errors import CheckpointError, PopaxError
 from popax.modeling import hf
 from popax.modeling.config import ModelConfig
 from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
+from popax.trees import flatten_named
 from popax.types import Params
 
 RECORD, WEIGHTS = "popax_base.json", "weights"
@@ -99,14 +101,32 @@ def _load_saved(
     chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
     model = Model(dataclasses.replace(stored, **chosen))
     target = model.abstract()
-    if mesh is not None:
-        target = jax.tree.map(_with_sharding, target, model.shardings(mesh, rules))
+    # Always said: left out, Orbax would look for the devices that the weights were saved from.
+    alone = SingleDeviceSharding(jnp.zeros(()).device)
+    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh, rules)
+    target = jax.tree.map(_with_sharding, target, shardings)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(directory.absolute() / WEIGHTS, target)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: the weights cannot be read: {error}; copy the base again") from error
+            weights = directory.absolute() / WEIGHTS
+            _check_stored(checkpointer.metadata(weights).item_metadata, target, weights)
+            params = checkpointer.restore(weights, target)
+    except PopaxError:
+        raise
+    except Exception as error:  # Orbax passes a damaged array on as a plain Exception, with pages of specification
+        cause = str(error).partition("\n")[0][:300]
+        raise CheckpointError(f"{directory}: the weights cannot be read: {cause}; copy the base again") from error
     return Base(model=model, params=params, digest=record["digest"], source=record["source"])
+
+
+def _check_stored(metadata: Any, target: Params, weights: Path) -> None:
+    if metadata is None:
+        raise CheckpointError(f"{weights} is no Orbax checkpoint; copy the base again")
+    stored = {name: tuple(leaf.shape) for name, leaf in flatten_named(metadata.tree).items()}
+    wanted = {name: leaf.shape for name, leaf in flatten_named(target).items()}
+    if stored != wanted:
+        names = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
+        differ = ", ".join(f"{name} is {stored.get(name)}, not {wanted.get(name)}" for name in names[:5])
+        raise CheckpointError(f"{weights} does not fit the config beside it: {differ}; copy the base again")
 
 
 def _with_sharding(like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -42,5 +42,5 @@ def digest_params(params: Params, config: ModelConfig | None = None) -> str:
 def _record(name: str, leaf) -> TensorRecord:
     digest = hashlib.sha256()
     for part in leaf if leaf.ndim > 2 else (leaf,):
-        digest.update(np.ascontiguousarray(np.asarray(part)).view(np.uint8))
+        digest.update(np.ascontiguousarray(np.asarray(part)).view(np.uint8).data)
     return TensorRecord(name, str(leaf.dtype), tuple(leaf.shape), digest.hexdigest())

@@ -130,11 +130,12 @@ def _digest(
 
 def _place(source: Source, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
     """The parameter on its devices. One shard's buffer exists at a time: it is dropped once it is on the device."""
+    whole = (slice(None),) * len(shape)
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(read_shard(source, shape, dtype, (slice(None),) * len(shape))))
+        return jax.block_until_ready(jax.device_put(read_shard(source, shape, dtype, whole)))
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        buffer = read_shard(source, shape, dtype, index)
+        buffer = read_shard(source, shape, dtype, index or whole)
         shards.append(jax.block_until_ready(jax.device_put(buffer, device)))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

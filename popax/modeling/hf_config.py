@@ -58,12 +58,13 @@ def model_config(
 
 
 def _architecture(record: Mapping[str, Any], source: str) -> str:
-    named = record.get("architectures") or [ARCHITECTURES.get(record.get("model_type", ""), record.get("model_type"))]
-    if named[0] not in ARCHITECTURES.values():
+    model_type = str(record.get("model_type"))
+    named = str((record.get("architectures") or [ARCHITECTURES.get(model_type, model_type)])[0])
+    if named not in ARCHITECTURES.values():
         raise ConfigError(
-            f"{source}: architecture {named[0]!r} is not supported; popax loads {', '.join(ARCHITECTURES.values())}"
+            f"{source}: architecture {named!r} is not supported; popax loads {', '.join(ARCHITECTURES.values())}"
         )
-    return named[0]
+    return named
 
 
 def _refuse(record: Mapping[str, Any], architecture: str, source: str) -> None:

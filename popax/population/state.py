@@ -85,7 +85,8 @@ def init_member(
 def start_best(adapter: AdapterState) -> Best:
     """No validation yet: any finite loss is an improvement."""
     return Best(
-        adapter=adapter,
+        # A buffer of its own: the step donates the state, and no buffer can be donated twice.
+        adapter=jax.tree.map(jnp.copy, adapter),
         loss=jnp.asarray(jnp.inf, jnp.float32),
         step=jnp.zeros((), jnp.int32),
         checked=jnp.full((), -1, jnp.int32),

@@ -36,12 +36,14 @@ def generate(
     """Continue each prompt. adapt: NO_ADAPT, or `bind_slots` with a slot for each row.
 
     seeds: one a row (default 0, 1, ...). Lengths are padded to powers of two, so that few shapes are compiled.
-    Raises DataError for an empty batch, an empty prompt, or one that does not fit the model's context.
+    Raises DataError for an empty batch, a prompt that is empty, holds a token outside the vocabulary or does not fit
+    the model's context, and for another number of seeds than prompts.
     """
     sampling = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise DataError("generation needs at least one prompt, and every prompt at least one token (the BOS, say)")
+    _check_request(model, prompts, max_new_tokens, seeds)
     if max(lengths) + max_new_tokens > model.config.max_seq_len:
         raise DataError(
             f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed the model's "
@@ -61,6 +63,22 @@ def generate(
         )
     )[:, :max_new_tokens]
     return [_cut(row, end_id) for row in out_BxT]
+
+
+def _check_request(
+    model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int] | None
+) -> None:
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens={max_new_tokens}: at least 1")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise DataError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one a row, or none")
+    for row, prompt in enumerate(prompts):
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= model.config.vocab_size:
+            raise DataError(
+                f"prompt {row} holds token {low if low < 0 else high}, the model's vocabulary has "
+                f"{model.config.vocab_size}: encode it with the base's own tokenizer"
+            )
 
 
 def _cut(tokens_T: np.ndarray, end_id: int | None) -> Generated:

@@ -104,7 +104,8 @@ class Catalog:
         """
         if self._read_only:
             raise CatalogError(f"cannot commit: {self._database.place!r} was opened read-only")
-        return write(self._database, cohort, self._registry.rows(cohort), commits) if commits else []
+        self._registry.known(cohort.id)
+        return write(self._database, cohort, commits) if commits else []
 
     def exists(self, user: str) -> bool:
         """Whether the user has a revision."""

@@ -63,10 +63,8 @@ class CheckpointStore:
         self._directory = absolute(directory)
         self._cohort, self._shared = cohort, shared or {}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=None if read_only else keep,
             create=not read_only,
-            # Left by a save that was killed. A reader must not do this: the save may be another process's, in progress.
-            cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=asynchronous,
             read_only=read_only,
         )
@@ -78,6 +76,9 @@ class CheckpointStore:
             RECORD: ocp.JsonCheckpointHandler(RECORD_FILE),
         }
         with _named_errors(self._directory):
+            # Not a reader's business: the unfinished save may be another process's, still under way.
+            if not read_only:
+                _remove_unfinished(self._directory)
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(
@@ -199,6 +200,19 @@ def absolute(directory: str | os.PathLike) -> epath.Path:
     """The directory as Orbax wants it: absolute where it is local."""
     name = os.fspath(directory)
     return epath.Path(name).expanduser().absolute() if is_local(name) else epath.Path(name)
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+    """Remove the steps that a killed save left.
+
+    Orbax's own clean-up runs on behind a manager that is already closed, and then collides with the next manager's;
+    where steps are finished by a file rather than by a rename it also takes `shared` for unfinished.
+    """
+    if jax.process_index() != 0 or not directory.exists():
+        return
+    for path in directory.iterdir():
+        if path.name.split(".")[0].isdigit() and path.is_dir() and ocp.utils.is_tmp_checkpoint(path):
+            path.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorstore as ts
 
 from popax.errors import CatalogError, StorageError
+from popax.store.records import rows_path
 
 FORMAT = 1
 MARKER = "popax_catalog.json"
@@ -33,11 +35,17 @@ _REFUSED = re.compile(
 
 
 class Database:
-    """An open catalog database: its key-value store, and arrays inside it."""
+    """An open catalog database: its key-value store, and arrays inside it.
 
-    def __init__(self, place: str, kvstore: ts.KvStore, context: ts.Context):
+    Write through `kvstore` only. A transaction is atomic within one instance of the OCDBT driver; an array may open
+    an instance of its own (the spec of a store that has been read also holds its uuid), and what is written through
+    that one is committed apart, even where the transaction as a whole is refused.
+    """
+
+    def __init__(self, place: str, spec: dict[str, Any], context: ts.Context):
         self.place = place
-        self.kvstore = kvstore
+        self.kvstore: ts.KvStore = ts.KvStore.open(spec, context=context).result()
+        self._spec = spec
         self._context = context
 
     @classmethod
@@ -63,21 +71,30 @@ class Database:
             else:
                 _check_format(name, marker.value)
             spec = {"driver": "ocdbt", "base": (root / SHARD).to_json(), "config": OCDBT_CONFIG}
-            return cls(name, ts.KvStore.open(spec, context=context).result(), context)
+            return cls(name, spec, context)
 
-    def rows(self, path: str, row_bytes: int, *, create: bool) -> ts.TensorStore:
-        """The array uint8 [ROW_CAPACITY, row_bytes] at this path, one row a chunk."""
+    def create_rows(self, cohort: str, row_bytes: int) -> None:
+        """Make the array of a cohort's rows, where there is none."""
+        self._open_rows(cohort, row_bytes, create=True)
+
+    def rows(self, cohort: str, row_bytes: int) -> ts.TensorStore:
+        """A cohort's rows, for reading: uint8 [ROW_CAPACITY, row_bytes], one row a chunk, its bytes as they are."""
+        return self._open_rows(cohort, row_bytes, create=False)
+
+    def _open_rows(self, cohort: str, row_bytes: int, *, create: bool) -> ts.TensorStore:
         metadata = {
             "shape": [ROW_CAPACITY, row_bytes],
             "data_type": "uint8",
+            "fill_value": 0,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, row_bytes]}},
+            # With these two, the chunk of row i is the row itself, under `records.row_key(cohort, i)`.
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": [{"name": "bytes"}],
         }
         spec = {
             "driver": "zarr3",
-            "kvstore": (self.kvstore.spec() / path).to_json(),
+            "kvstore": {**self._spec, "path": rows_path(cohort)},
             "metadata": metadata,
-            # A row of zeros is a row: it is stored, so that a missing one is told from it.
-            "store_data_equal_to_fill_value": True,
             "recheck_cached_metadata": False,
         }
         return ts.open(spec, context=self._context, open=True, create=create).result()
@@ -102,8 +119,9 @@ def storage_error(place: str, error: Exception) -> CatalogError:
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether the storage refused (full, forbidden, away), as opposed to holding wrong bytes."""
-    return isinstance(error, OSError) or _REFUSED.search(str(error)) is not None
+    """Whether the storage refused (full, forbidden, away), as opposed to holding wrong bytes or none."""
+    missing = isinstance(error, FileNotFoundError)
+    return (isinstance(error, OSError) and not missing) or _REFUSED.search(str(error)) is not None
 
 
 def is_conflict(error: Exception) -> bool:

@@ -139,9 +139,10 @@ def _orbax_name(name: str) -> str:
 def _read_shared(place: epath.Path, cohort: StoredCohort) -> AdapterState:
     if cohort.shared_layout is None:
         return {}
-    row = np.frombuffer((place / str(cohort.shared_digest)).read_bytes(), np.uint8)
+    path = place / str(cohort.shared_digest)
+    row = np.frombuffer(path.read_bytes() if path.exists() else b"", np.uint8)
     if row_digest(row) != cohort.shared_digest:
         raise CheckpointError(
-            f"the shared arrays in {str(place)!r} do not match their digest; extract from the catalog"
+            f"the shared arrays {str(path)!r} are missing or not those of their digest; extract from the catalog"
         )
     return cohort.shared_layout.unpack(row)

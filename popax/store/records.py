@@ -102,6 +102,11 @@ def rows_path(cohort: str) -> str:
     return f"rows/{cohort}/"
 
 
+def row_key(cohort: str, index: int) -> str:
+    """The chunk of one row of the zarr3 array at `rows_path`."""
+    return f"{rows_path(cohort)}c/{index}/0"
+
+
 def shared_key(digest: str) -> str:
     return f"shared/{digest}"
 

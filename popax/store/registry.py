@@ -11,7 +11,7 @@ from popax.errors import CatalogError
 from popax.store.cohort import StoredCohort
 from popax.store.database import Database, is_conflict, storage_error, storage_errors
 from popax.store.layout import RowLayout, row_digest
-from popax.store.records import BrokenRecordError, cohort_key, rows_path, seal, shared_key, unseal
+from popax.store.records import BrokenRecordError, cohort_key, seal, shared_key, unseal
 from popax.types import AdapterState
 
 
@@ -44,12 +44,11 @@ class CohortRegistry:
         return cohort
 
     def rows(self, cohort: StoredCohort) -> ts.TensorStore:
-        """The cohort's rows, uint8 [capacity, row_bytes]."""
+        """The cohort's rows, uint8 [capacity, row_bytes], for reading."""
         if cohort.id not in self._rows:
             self.known(cohort.id)
             with storage_errors(self._database.place):
-                path = rows_path(cohort.id)
-                self._rows[cohort.id] = self._database.rows(path, cohort.layout.row_bytes, create=False)
+                self._rows[cohort.id] = self._database.rows(cohort.id, cohort.layout.row_bytes)
         return self._rows[cohort.id]
 
     def shared(self, cohort: StoredCohort) -> AdapterState:
@@ -98,7 +97,7 @@ class CohortRegistry:
         store = self._database.kvstore.with_transaction(transaction)
         try:
             # The array alone means nothing: the cohort exists once its record does.
-            self._database.rows(rows_path(cohort.id), cohort.layout.row_bytes, create=True)
+            self._database.create_rows(cohort.id, cohort.layout.row_bytes)
             if store.read(cohort_key(cohort.id)).result().state == "value":
                 return
             if shared and cohort.shared_layout:

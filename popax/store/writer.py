@@ -16,7 +16,7 @@ from popax.store.database import Database, is_conflict, storage_error
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.reader import read_manifests, read_users, stored_form
-from popax.store.records import as_stored, manifest_key, next_row_key, seal, shown, unseal, user_key
+from popax.store.records import as_stored, manifest_key, next_row_key, row_key, seal, shown, unseal, user_key
 from popax.types import AdapterState
 
 # Writers of other users collide only in the allocation of rows; each round at least one of them gets through.
@@ -39,7 +39,7 @@ class Commit:
     run: str | None = None
 
 
-def write(database: Database, cohort: StoredCohort, rows: ts.TensorStore, commits: Sequence[Commit]) -> list[Manifest]:
+def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -> list[Manifest]:
     """All of the commits in one transaction, or none; what the same run already committed is returned, not rewritten.
 
     Raises ConflictError where a parent is not the latest, another writer committed one of the users meanwhile, or a
@@ -61,9 +61,8 @@ def write(database: Database, cohort: StoredCohort, rows: ts.TensorStore, commit
             _refuse_other_parents([commits[index] for index in fresh], [current[index] for index in fresh])
             if not fresh:
                 return [manifest for manifest in kept if manifest is not None]
-            made = _stage(
-                database, cohort, rows, transaction, [(commits[i], packed[i], digests[i], users[i]) for i in fresh]
-            )
+            staged = [(commits[index], packed[index], digests[index], users[index]) for index in fresh]
+            made = _stage(database, cohort, transaction, staged)
             transaction.commit_sync()
             return [manifest or made.pop(0) for manifest in kept]
         except (ValueError, OSError) as error:
@@ -82,20 +81,16 @@ _Staged = tuple[Commit, np.ndarray, str, UserRecord | None]
 
 
 def _stage(
-    database: Database, cohort: StoredCohort, rows: ts.TensorStore, transaction: ts.Transaction, staged: list[_Staged]
+    database: Database, cohort: StoredCohort, transaction: ts.Transaction, staged: list[_Staged]
 ) -> list[Manifest]:
     """Put the rows, manifests and pointers into the transaction."""
     store = database.kvstore.with_transaction(transaction)
     allocated = store.read(next_row_key(cohort.id)).result()
     start = unseal(allocated.value)["next"] if allocated.state == "value" else 0
-    stop = start + len(staged)
     created = now()
-    writes = [
-        rows.with_transaction(transaction)[start:stop].write(np.stack([row for _, row, _, _ in staged])).copy,
-        store.write(next_row_key(cohort.id), seal({"next": stop})),
-    ]
+    writes = [store.write(next_row_key(cohort.id), seal({"next": start + len(staged)}))]
     made = []
-    for row_index, (commit, _, digest, record) in enumerate(staged, start):
+    for row_index, (commit, row, digest, record) in enumerate(staged, start):
         manifest = Manifest(
             user=commit.user,
             revision=(record.latest if record else 0) + 1,
@@ -114,6 +109,7 @@ def _stage(
         )
         promoted = record.promoted if record else None
         pointers = UserRecord(user=commit.user, latest=manifest.revision, promoted=promoted)
+        writes.append(store.write(row_key(cohort.id, row_index), row.tobytes()))
         writes.append(store.write(manifest_key(commit.user, manifest.revision), seal(stored_form(manifest))))
         writes.append(store.write(user_key(commit.user), seal(pointers.to_dict())))
         made.append(manifest)

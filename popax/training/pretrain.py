@@ -49,8 +49,12 @@ class PretrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainHooks:
-    """on_step(step, loss in nats per target): called for each step, one step late so that the device never waits."""
+    """on_start(step): called once, with the step of the checkpoint that is continued, 0 for a new run.
 
+    on_step(step, loss in nats per target): called for each step, one step late so that the device never waits.
+    """
+
+    on_start: Callable[[int], None] = lambda step: None
     on_step: Callable[[int, float], None] = lambda step, loss: None
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -90,6 +94,7 @@ def pretrain(
         state = saved.restore(state)
     step_fn = jax.jit(functools.partial(_step, sft(model, remat=config.remat), transform), donate_argnums=0)
     done = int(state.step)
+    hooks.on_start(done)
     previous: tuple[int, jax.Array] | None = None
     while done < config.steps and not hooks.stop_requested():
         state, loss = step_fn(state, batch_at(done))

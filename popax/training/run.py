@@ -1,6 +1,7 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def train_population(
     catalog: Catalog,
     users: Sequence[str] | None = None,
     everyone: bool = False,
+    on_start: Callable[[RunRecord, Seating], None] = lambda record, seating: None,
     on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> RunReport:
@@ -47,7 +49,7 @@ def train_population(
 
     Users whose latest revision already covers their data are left out, unless `everyone`. `directory` holds the run's
     record and checkpoints: called again with the same arguments after any kind of stop, the run goes on from the
-    latest checkpoint and ends as if it had never stopped.
+    latest checkpoint and ends as if it had never stopped. on_start is told where it begins, before the first step.
     """
     dataset = pipeline.dataset
     names = list(dataset.users()) if users is None else list(users)
@@ -89,7 +91,11 @@ def train_population(
         hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
     )
     try:
-        end = stream.run(files.restore(stream.fresh()))
+        fresh = stream.fresh()
+        continued = files.restore(fresh)
+        on_start(record, continued or fresh)
+        del fresh  # its buffers, as large as the population's
+        end = stream.run(continued)
     finally:
         source.close()
         writer.close()
@@ -108,10 +114,16 @@ def train_population(
 
 
 def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dict[str, Any]:
-    """What decides a run's result, as JSON values; the optimizer and the schedule by their names only."""
+    """What decides a run's result, as JSON values; the optimizer with its settings, the schedule by its name only."""
     plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name in ("optimizer", "schedule"):
-        plain[name] = getattr(plain[name], "__qualname__", None) or type(plain[name]).__name__
+        plain[name] = _described(plain[name])
     plain["adapter"] = config.adapter.to_dict()
     plain["early_stop"] = dataclasses.asdict(config.early_stop) if config.early_stop else None
     return {"base": base.digest, "data": dataclasses.asdict(pipeline.config), **plain}
+
+
+def _described(function: Callable[..., Any]) -> Any:
+    if isinstance(function, functools.partial):
+        return {"name": _described(function.func), **function.keywords}
+    return getattr(function, "__qualname__", None) or type(function).__name__

@@ -42,12 +42,9 @@ def train_shared_adapter(
     track_best = config.early_stop is not None
     state = init_population(cohort, config.optimizer, keys, settings, track_best=track_best)
     validation = _everyone(pipeline.evaluation(list(users[:VALIDATION_USERS]), "validation", max_rows=2))
+    every = config.early_stop.every if config.early_stop else total
     for step in range(total + 1):
-        if (
-            programs.observe is not None
-            and config.early_stop
-            and (step % config.early_stop.every == 0 or step == total)
-        ):
+        if programs.observe is not None and (step % every == 0 or step == total):
             sums = programs.loss(base.params, shared, state.adapters, validation)
             state = programs.observe(state, sums)
             if not bool(state.active[0]):

@@ -1,11 +1,15 @@
-"""Tiny configs of each family, and a mesh of eight devices."""
+"""Tiny models of each family, and a mesh of eight devices."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from popax.modeling.config import Llama3Rope, ModelConfig, YarnRope
+from popax.modeling.model import Model
 
 SHAPE = {
     "vocab_size": 64,
@@ -33,16 +37,41 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
-def config(request) -> ModelConfig:
-    return CONFIGS[request.param]
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A model with its random weights; its programs are compiled once for all tests."""
+
+    model: Model
+    params: dict
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def forward(self, params, tokens, **options):
+        return _forward(self.model, params, tokens, **options)
+
+    def tokens(self, *shape: int, seed: int = 0) -> jax.Array:
+        return jnp.asarray(np.random.default_rng(seed).integers(0, self.config.vocab_size, shape), jnp.int32)
 
 
-@pytest.fixture
-def tiny() -> ModelConfig:
-    return CONFIGS["qwen3"]
+_forward = jax.jit(lambda model, params, tokens, **options: model(params, tokens, **options), static_argnums=0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", params=CONFIGS)
+def family(request) -> Tiny:
+    """A tiny model of each family."""
+    model = Model(CONFIGS[request.param])
+    return Tiny(model, model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    """One tiny model, where the family does not matter."""
+    model = Model(CONFIGS["qwen3"])
+    return Tiny(model, model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
 def mesh() -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))

@@ -1,6 +1,7 @@
-"""The model as pure functions: structure, packing, cache, vmap, sites, placement."""
+"""The model as pure functions: structure, packing, sites, vmap, placement."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,6 @@ import numpy as np
 import pytest
 
 from popax.errors import ConfigError, SiteError
-from popax.modeling.cache import init_cache
-from popax.modeling.config import ModelConfig
 from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
@@ -19,44 +18,41 @@ from popax.types import NO_ADAPT
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def tokens_of(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """An Adapt that adds its own number at one site, to see what the model calls where."""
+    """An Adapt that adds a number of its own at some sites, to see what the model calls where."""
 
-    amount: jax.Array  # [L] under `layers`, [] at the outer sites
-    site: str = dataclasses.field(metadata={"static": True})
+    amounts: dict[str, jax.Array]  # site -> [L] at the layers' sites, [] elsewhere
 
     @property
     def layers(self) -> "Shift":
-        return self
+        return Shift({site: amount for site, amount in self.amounts.items() if site.startswith("layers.")})
 
     @property
     def outer(self) -> "Shift":
-        return self
+        return Shift({site: amount for site, amount in self.amounts.items() if not site.startswith("layers.")})
 
     def __call__(self, site, x, y):
-        return y + jnp.broadcast_to(self.amount.astype(y.dtype), y.shape) if site == self.site else y
+        if site not in self.amounts:
+            return y
+        assert x.shape[:-1] == y.shape[:-1]
+        return y + jnp.broadcast_to(self.amounts[site].astype(y.dtype), y.shape)
 
 
-def test_params_abstract_and_axes_agree(config, key):
-    model = Model(config)
-    params = flatten_named(model.init(key))
-    abstract, axes = flatten_named(model.abstract()), flatten_named(model.axes())
+def test_params_abstract_and_axes_agree(family):
+    params = flatten_named(family.params)
+    abstract, axes = flatten_named(family.model.abstract()), flatten_named(family.model.axes())
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in params.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in abstract.items()
     }
     assert {name: len(names) for name, names in axes.items()} == {name: leaf.ndim for name, leaf in params.items()}
     assert all((names[0] == "layers") == name.startswith("layers/") for name, names in axes.items())
-    assert model.num_params == sum(leaf.size for leaf in params.values())
+    assert family.model.num_params == sum(leaf.size for leaf in params.values())
 
 
 def test_axes_are_the_interface_that_shardings_are_written_for(tiny):
-    assert flatten_named(Model(tiny).axes()) == {
+    assert flatten_named(tiny.model.axes()) == {
         "embed/embedding": ("vocab", "embed"),
         "final_norm/scale": ("norm",),
         "layers/attn/k_norm/scale": ("layers", "norm"),
@@ -74,199 +70,160 @@ def test_axes_are_the_interface_that_shardings_are_written_for(tiny):
     }
 
 
-def test_equal_configs_share_compiled_programs(tiny, key):
-    params, tokens = Model(tiny).init(key), tokens_of(tiny, 1, 4)
+def test_equal_configs_share_compiled_programs(tiny):
     traces = []
 
+    @functools.partial(jax.jit, static_argnums=0)
     def forward(model, params, tokens):
         traces.append(model)
         return model(params, tokens)
 
-    compiled = jax.jit(forward, static_argnums=0)
-    compiled(Model(tiny), params, tokens)
-    compiled(Model(dataclasses.replace(tiny)), params, tokens)
+    forward(tiny.model, tiny.params, tiny.tokens(1, 4))
+    forward(Model(dataclasses.replace(tiny.config)), tiny.params, tiny.tokens(1, 4))
     assert len(traces) == 1
 
 
-def test_random_weights_start_near_a_uniform_prediction(config, key):
-    model = Model(config)
-    logits = model(model.init(key), tokens_of(config, 2, 8))
+def test_random_weights_start_near_a_uniform_prediction(family):
+    logits = family.forward(family.params, family.tokens(2, 12))
     assert logits.dtype == jnp.float32
-    assert float(jnp.std(logits)) < 0.5
+    assert 0.0 < np.std(logits) < 0.5
 
 
-def test_a_mesh_changes_where_parameters_lie_and_nothing_else(config, mesh, key):
-    model = Model(config)
-    alone, spread = model.init(key), model.init(key, mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, alone, spread)
+def test_a_mesh_changes_where_parameters_lie_and_nothing_else(tiny, mesh):
+    spread = tiny.model.init(jax.random.key(0), mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, tiny.params, spread)
     kernel = spread["layers"]["mlp"]["down_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (3, 24, 8)
-    tokens = tokens_of(config, 2, 8)
-    np.testing.assert_allclose(jax.jit(model)(spread, tokens), jax.jit(model)(alone, tokens), **CLOSE)
+    tokens = tiny.tokens(2, 12)
+    np.testing.assert_allclose(tiny.forward(spread, tokens), tiny.forward(tiny.params, tokens), **CLOSE)
 
 
-def test_a_mesh_that_does_not_divide_a_parameter_is_refused(tiny, mesh, key):
-    odd = dataclasses.replace(tiny, ffw_dim=49)
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused(tiny, mesh):
+    odd = Model(dataclasses.replace(tiny.config, ffw_dim=49))
     with pytest.raises(ConfigError, match=r"layers/mlp/down_proj/kernel \(3, 49, 32\) does not divide"):
-        Model(odd).init(key, mesh=mesh)
+        odd.shardings(mesh)
     whole = ShardingRules(rules=tuple((axis, None) for axis, _ in ShardingRules().rules))
-    assert Model(odd).init(key, mesh=mesh, rules=whole)["final_norm"]["scale"].is_fully_replicated
+    assert all(sharding.is_fully_replicated for sharding in jax.tree.leaves(odd.shardings(mesh, whole)))
 
 
-def test_a_token_sees_only_the_past(config, key):
-    model, tokens = Model(config), tokens_of(config, 1, 9)
-    params = model.init(key)
-    changed = tokens.at[0, 6].add(1)
-    before, after = model(params, tokens), model(params, changed)
+def test_a_token_sees_only_the_past(tiny):
+    tokens = tiny.tokens(2, 12)
+    before = tiny.forward(tiny.params, tokens)
+    after = tiny.forward(tiny.params, tokens.at[0, 6].set((tokens[0, 6] + 1) % 64))
+    np.testing.assert_array_equal(before[1], after[1])
     np.testing.assert_array_equal(before[0, :6], after[0, :6])
-    assert not np.allclose(before[0, 6:], after[0, 6:])
+    assert np.abs(before[0, 6:] - after[0, 6:]).max(-1).min() > 0
 
 
-def test_packed_segments_equal_rows_of_their_own(config, key):
-    model = Model(config)
-    params = model.init(key)
-    first, second = tokens_of(config, 1, 5, seed=1), tokens_of(config, 1, 4, seed=2)
-    packed = jnp.concatenate([first, second, jnp.zeros((1, 3), jnp.int32)], axis=1)
+def test_packed_segments_equal_rows_of_their_own(family):
+    first, second = family.tokens(2, 12, seed=1)
+    packed = jnp.concatenate([first[:5], second[:4], jnp.zeros(3, jnp.int32)])[None]
     segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3], jnp.int32)
     positions = jnp.asarray([[*range(5), *range(4), 0, 0, 0]], jnp.int32)
-    logits = model(params, packed, positions_BxT=positions, segments_BxT=segments)
-    np.testing.assert_allclose(logits[:, :5], model(params, first), **CLOSE)
-    np.testing.assert_allclose(logits[:, 5:9], model(params, second), **CLOSE)
+    logits = family.forward(family.params, packed, positions_BxT=positions, segments_BxT=segments)
+    alone = family.forward(family.params, jnp.stack([first, second]))
+    np.testing.assert_allclose(logits[0, :5], alone[0, :5], **CLOSE)
+    np.testing.assert_allclose(logits[0, 5:9], alone[1, :4], **CLOSE)
     assert np.isfinite(logits).all()
 
 
-def test_ragged_prefill_and_decode_through_the_cache_equal_the_full_forward(config, key):
-    model = Model(config)
-    params, tokens = model.init(key), tokens_of(config, 3, 12)
-    lengths = jnp.asarray([3, 7, 5], jnp.int32)
-    full = model(params, tokens)
-    column = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (3, 8))
-    positions = jnp.where(column < lengths[:, None], column, -1)
-    step = jax.jit(lambda tokens, positions, cache: model.hidden(params, tokens, positions_BxT=positions, cache=cache))
-    x, cache = step(tokens[:, :8], positions, init_cache(config, 3, 12))
-    logits = model.logits(params, x)
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, :length], full[row, :length], **CLOSE)
-    for offset in range(5):
-        position = (lengths + offset)[:, None]
-        x, cache = step(jnp.take_along_axis(tokens, position, axis=1), position, cache)
-        expected = jnp.take_along_axis(full, position[..., None], axis=1)
-        np.testing.assert_allclose(model.logits(params, x), expected, **CLOSE)
+def test_positions_of_minus_one_are_padding_on_either_side(tiny):
+    tokens = tiny.tokens(1, 12)
+    alone = tiny.forward(tiny.params, tokens)
+    padded = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), tokens, jnp.zeros((1, 2), jnp.int32)], axis=1)
+    positions = jnp.asarray([[-1, -1, -1, *range(12), -1, -1]], jnp.int32)
+    logits = tiny.forward(tiny.params, padded, positions_BxT=positions)
+    np.testing.assert_allclose(logits[:, 3:15], alone, **CLOSE)
 
 
-def test_padding_and_positions_past_the_end_write_nothing(tiny, key):
-    model = Model(tiny)
-    params, tokens = model.init(key), tokens_of(tiny, 1, 3)
-    _, cache = model.hidden(params, tokens, cache=init_cache(tiny, 1, 3))
-    for position in (-1, 3, 100):
-        at = jnp.full((1, 3), position, jnp.int32)
-        _, after = model.hidden(params, tokens, positions_BxT=at, cache=cache)
-        jax.tree.map(np.testing.assert_array_equal, cache, after)
+def test_bfloat16_stays_close_to_float32(tiny):
+    half = Model(dataclasses.replace(tiny.config, dtype="bfloat16", param_dtype="bfloat16"))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.params)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    tokens = tiny.tokens(2, 12)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.abstract())} == {jnp.dtype("bfloat16")}
+    logits = jax.jit(half)(params, tokens)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, tiny.forward(wide, tokens), rtol=0, atol=0.03)
 
 
-def test_a_cache_may_be_bfloat16_and_takes_no_segments(tiny, key):
-    model, tokens = Model(tiny), tokens_of(tiny, 1, 3)
-    params, cache = model.init(key), init_cache(tiny, 1, 4, "bfloat16")
-    x, cache = model.hidden(params, tokens, cache=cache)
-    assert (x.dtype, cache.k.dtype) == (jnp.float32, jnp.bfloat16)
-    with pytest.raises(ConfigError, match="segments"):
-        model.hidden(params, tokens, segments_BxT=tokens, cache=cache)
-    with pytest.raises(ConfigError, match="int8"):
-        init_cache(tiny, 1, 4, "int8")
-
-
-def test_bfloat16_stays_close_to_float32(tiny, key):
-    half = dataclasses.replace(tiny, dtype="bfloat16", param_dtype="bfloat16")
-    params = Model(half).init(key)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    tokens = tokens_of(tiny, 2, 8)
-    wide = Model(tiny)(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), tokens)
-    np.testing.assert_allclose(Model(half)(params, tokens), wide, rtol=0, atol=0.03)
-
-
-def test_remat_changes_no_gradient(config, key):
-    model, tokens = Model(config), tokens_of(config, 2, 6)
-    params = model.init(key)
-
+def test_remat_changes_no_gradient(tiny):
     def loss(params, remat):
-        return jnp.sum(jnp.square(model(params, tokens, remat=remat)))
+        return jnp.sum(jnp.square(tiny.model(params, tiny.tokens(2, 6), remat=remat)))
 
-    kept, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    kept, again = (jax.jit(jax.grad(loss), static_argnums=1)(tiny.params, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), kept, again)
 
 
-def test_embedded_input_replaces_the_lookup(tiny, key):
-    model, tokens = Model(tiny), tokens_of(tiny, 2, 6)
-    params = model.init(key)
-    plain, _ = model.hidden(params, tokens)
-    given, _ = model.hidden(params, jnp.zeros_like(tokens), embedded_BxTxD=model.embed(params, tokens))
-    np.testing.assert_array_equal(plain, given)
+def test_embedded_input_replaces_the_lookup(tiny):
+    tokens = tiny.tokens(2, 12)
+
+    @jax.jit
+    def both(params):
+        given = tiny.model.embed(params, tokens)
+        plain, _ = tiny.model.hidden(params, tokens)
+        return plain, tiny.model.hidden(params, jnp.zeros_like(tokens), embedded_BxTxD=given)[0]
+
+    np.testing.assert_allclose(*both(tiny.params), **CLOSE)
 
 
-def test_every_site_is_called_in_its_layer(config, key):
-    model, tokens = Model(config), tokens_of(config, 1, 5)
-    params = model.init(key)
-    base = model(params, tokens)
-    for name, info in model.sites().items():
-        shape = (info.layers,) if info.layers else ()
-        seen = model(params, tokens, adapt=Shift(jnp.zeros(shape), name)) if info.layers else base
-        np.testing.assert_array_equal(seen, base)  # invariant 4: an adapter that adds nothing is the base
-        if info.layers:
-            shifted = [
-                model(params, tokens, adapt=Shift(jnp.zeros(shape).at[layer].set(0.5), name))
-                for layer in range(info.layers)
-            ]
-            distinct = {digest_params({"logits": logits}) for logits in shifted}
-            # A constant added to k is no change before the softmax only without RoPE and norms.
-            assert len(distinct) == info.layers, name
+def test_every_site_is_called_in_every_layer(family):
+    tokens, sites = family.tokens(2, 12), family.model.sites()
+    zeros = {name: jnp.zeros((info.layers,) if info.layers else ()) for name, info in sites.items()}
+    base = family.forward(family.params, tokens)
+    np.testing.assert_allclose(family.forward(family.params, tokens, adapt=Shift(zeros)), base, **CLOSE)
+    for name, info in sites.items():
+        outputs = [
+            family.forward(family.params, tokens, adapt=Shift(zeros | {name: zeros[name].at[at].set(0.5)}))
+            for at in (range(info.layers) if info.layers else [...])
+        ]
+        moved = [float(np.abs(np.asarray(output - base)).max()) for output in outputs]
+        assert min(moved) > 1e-3, name
+        assert len({digest_params({"logits": output}) for output in outputs}) == len(outputs), name
 
 
-def test_the_head_is_a_site_where_it_is_not_tied(tiny, key):
-    model = Model(tiny)
-    params, x = model.init(key), jnp.ones((2, 32))
-    shift = Shift(jnp.float32(0.5), "lm_head")
-    np.testing.assert_allclose(model.logits(params, x, shift), model.logits(params, x) + 0.5, **CLOSE)
-    assert list(model.sites())[-1] == "lm_head"
-    assert "lm_head" not in Model(dataclasses.replace(tiny, tied_embeddings=True)).sites()
+def test_the_head_is_a_site_where_it_is_not_tied(tiny):
+    x = jnp.ones((2, 32))
+    shift = Shift({"lm_head": jnp.float32(0.5)})
+    base = tiny.model.logits(tiny.params, x)
+    np.testing.assert_allclose(tiny.model.logits(tiny.params, x, shift), base + 0.5, **CLOSE)
+    assert list(tiny.model.sites())[-1] == "lm_head"
+    assert "lm_head" not in Model(dataclasses.replace(tiny.config, tied_embeddings=True)).sites()
 
 
-def test_vmap_over_users_keeps_the_base_unbatched(tiny, key):
-    model = Model(tiny)
-    params, tokens = model.init(key), tokens_of(tiny, 4, 2, 6)
-    amounts = jnp.linspace(0.0, 1.0, 4)[:, None] * jnp.ones((4, tiny.num_layers))
+def test_vmap_over_users_keeps_the_base_unbatched(tiny):
+    tokens = tiny.tokens(4, 2, 12)
+    amounts = jnp.linspace(0.0, 1.0, 4)[:, None] * jnp.ones((4, 3))
 
     def one(amount, tokens):
-        return model(params, tokens, adapt=Shift(amount, "layers.attn.q_proj"))
+        return tiny.model(tiny.params, tokens, adapt=Shift({"layers.attn.q_proj": amount}))
 
-    together = jax.jit(jax.vmap(one))(amounts, tokens)
-    alone = jnp.stack([one(amount, row) for amount, row in zip(amounts, tokens, strict=True)])
-    np.testing.assert_allclose(together, alone, **CLOSE)
+    lowered = jax.jit(jax.vmap(one)).lower(amounts, tokens)
     # One product of [N, B, T, D] with the [D, F] weight, not N products.
-    text = jax.jit(jax.vmap(one)).lower(amounts, tokens).as_text()
-    assert "tensor<4x2x6x32xf32>, tensor<32x48xf32>" in text
+    assert "tensor<4x2x12x32xf32>, tensor<32x48xf32>" in lowered.as_text()
+    together, alone = lowered.compile()(amounts, tokens), jax.jit(one)
+    for user in range(4):
+        np.testing.assert_allclose(together[user], alone(amounts[user], tokens[user]), **CLOSE)
 
 
-def test_site_weights_are_read_and_replaced(config, key):
-    model, tokens = Model(config), tokens_of(config, 1, 5)
-    params = model.init(key)
-    before = digest_params(params)
-    for name, info in model.sites().items():
-        weight = model.site_weight(params, name)
+def test_site_weights_are_read_and_replaced(tiny):
+    before, tokens = digest_params(tiny.params), tiny.tokens(2, 12)
+    base = tiny.forward(tiny.params, tokens)
+    for name, info in tiny.model.sites().items():
+        weight = tiny.model.site_weight(tiny.params, name)
         assert weight.shape == ((info.layers,) if info.layers else ()) + (info.d_in, info.d_out)
-        merged = model.with_site_weight(params, name, 2 * weight)
-        np.testing.assert_array_equal(model.site_weight(merged, name), 2 * weight)
-        assert jax.tree.structure(merged) == jax.tree.structure(params)
-        assert not np.array_equal(model(merged, tokens), model(params, tokens))
-    assert digest_params(params) == before  # invariant 9
+        merged = tiny.model.with_site_weight(tiny.params, name, weight + 1)
+        np.testing.assert_array_equal(tiny.model.site_weight(merged, name), weight + 1)
+        assert jax.tree.structure(merged) == jax.tree.structure(tiny.params)
+        assert not np.array_equal(tiny.forward(merged, tokens), base), name
+    assert digest_params(tiny.params) == before  # invariant 9
     with pytest.raises(SiteError, match=r"layers\.attn\.qkv_proj.*its sites are: layers\.attn\.q_proj"):
-        model.site_weight(params, "layers.attn.qkv_proj")
+        tiny.model.site_weight(tiny.params, "layers.attn.qkv_proj")
     with pytest.raises(SiteError, match=r"\(3, 32, 32\); it cannot become \(3, 32, 31\)"):
-        model.with_site_weight(params, "layers.attn.q_proj", jnp.zeros((3, 32, 31)))
+        tiny.model.with_site_weight(tiny.params, "layers.attn.q_proj", jnp.zeros((3, 32, 31)))
 
 
-def test_no_adapt_is_bitwise_the_model_without_one(config, key):
-    model, tokens = Model(config), tokens_of(config, 2, 5)
-    params = model.init(key)
-    np.testing.assert_array_equal(
-        jax.jit(model)(params, tokens), jax.jit(lambda p, t: model(p, t, adapt=NO_ADAPT))(params, tokens)
-    )
+def test_no_adapt_is_bitwise_the_model_without_one(family):
+    tokens = family.tokens(2, 12)
+    plain = family.forward(family.params, tokens)
+    np.testing.assert_array_equal(family.forward(family.params, tokens, adapt=NO_ADAPT), plain)  # invariant 4

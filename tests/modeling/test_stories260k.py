@@ -17,7 +17,7 @@ PUBLISHED_STEPS = 256
 
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, dict]:
-    """(config, params) of a legacy file: 7 int32, then float32 tensors, each kind for all layers; W is [d_out, d_in]."""
+    """(config, params) of a legacy file: 7 int32, then float32 tensors, kind by kind; matrices are [d_out, d_in]."""
     data = path.read_bytes()
     embed, ffw, layers, heads, kv_heads, vocab, seq_len = struct.unpack("7i", data[:28])
     head = embed // heads

@@ -60,14 +60,19 @@ def test_writers_of_different_users_all_succeed(catalog, cohort, place, make_ada
 
 
 def test_a_commit_between_reading_and_writing_is_a_conflict(catalog, cohort, place, make_adapter, same, monkeypatch):
-    """Deterministic: the other writer commits after this one has read the pointer, before it commits."""
+    """Deterministic: the other writer commits after this one has staged its revision, under the same row and number.
+
+    The rival's row must stay the rival's: TensorStore commits what it takes for two databases one by one, and then a
+    refused transaction overwrote the row that another had just been given.
+    """
     catalog.commit(cohort, "ada", make_adapter(0))
     stage, rival = writer_module._stage, Catalog.open(place)
 
     def interrupted(*arguments):
+        staged = stage(*arguments)
         monkeypatch.setattr(writer_module, "_stage", stage)
         rival.commit(cohort, "ada", make_adapter(1))
-        return stage(*arguments)
+        return staged
 
     monkeypatch.setattr(writer_module, "_stage", interrupted)
     with pytest.raises(ConflictError, match=r"'ada': another writer committed revision 2 .*parent=2"):
@@ -81,9 +86,10 @@ def test_a_collision_of_rows_alone_is_retried(catalog, cohort, place, make_adapt
     stage, rival = writer_module._stage, Catalog.open(place)
 
     def interrupted(*arguments):
+        staged = stage(*arguments)
         monkeypatch.setattr(writer_module, "_stage", stage)
         rival.commit(cohort, "carol", make_adapter(1))
-        return stage(*arguments)
+        return staged
 
     monkeypatch.setattr(writer_module, "_stage", interrupted)
     assert catalog.commit(cohort, "ada", make_adapter(2)).revision == 2

@@ -1,0 +1,66 @@
+"""`popax generate`: text for several users in one batch."""
+
+import argparse
+import json
+
+from popax.cli.main import add_json, write_output
+
+NAME = "generate"
+HELP = "Continue a prompt for several users at once, each with their own adapter."
+EXAMPLE = (
+    "popax generate --base runs/irc_base/base --catalog runs/irc/catalog --prompt 'how do i' --user ada --user bob@2 "
+    "--user base"
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="DIR", help="the base that the adapters were made for")
+    parser.add_argument("--catalog", metavar="DIR", help="the users' adapters; not needed for the base alone")
+    parser.add_argument(
+        "--user",
+        action="append",
+        metavar="WHO",
+        help="a user (latest revision), user@N, or base for no adapter; repeatable, a row of the batch each",
+    )
+    parser.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="one for all users, or repeated: one each"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="sample among the K likeliest (0: all)")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample among the likeliest of mass P")
+    parser.add_argument("--seed", type=int, default=0, help="row i samples with seed + i")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's path, or byte (default: the base's)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from popax.data.tokenize import load_tokenizer
+    from popax.errors import ConfigError
+    from popax.modeling.base import load_base
+    from popax.serving.sampling import Sampling
+    from popax.serving.text import generate_text
+    from popax.store.catalog import Catalog
+
+    users = args.user or ["base"]
+    prompts = args.prompt * len(users) if len(args.prompt) == 1 else args.prompt
+    if len(prompts) != len(users):
+        raise ConfigError(f"{len(prompts)} prompts for {len(users)} users: give one --prompt, or one for each --user")
+    if args.catalog is None and set(users) != {"base"}:
+        raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    rows = generate_text(
+        load_base(args.base),
+        load_tokenizer(args.tokenizer or args.base),
+        Catalog.open(args.catalog, read_only=True) if args.catalog else None,
+        users,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        seed=args.seed,
+    )
+    if args.json:
+        write_output(args.json, json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n")
+    for row in rows:
+        print(f"[{row.name}] {row.prompt}{row.text}")
+    return 0

@@ -1,0 +1,106 @@
+"""`popax train`: a population of users' adapters on a frozen base, committed as revisions, and the table of gains."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from popax.cli.eval import add_data, finish
+from popax.cli.gin_door import GinDoor, add_arguments
+from popax.cli.main import add_json
+
+if TYPE_CHECKING:
+    from popax.training.session import Session
+
+NAME = "train"
+HELP = "Train every user's adapter and commit it as a revision; Ctrl-C checkpoints, the same command continues."
+EXAMPLE = (
+    "popax train --gin_file configs/runs/irc_ubuntu_users.gin --base runs/irc_base/base --data messages.jsonl.gz "
+    "--users_with_at_least 100 --out runs/irc"
+)
+# Makes the optimizer, the schedule and early stopping reachable by their own keys: `adamw.weight_decay = 0.1`.
+WIRING = "configs/runs/population.gin"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser)
+    parser.add_argument("--base", required=True, metavar="DIR", help="a Hugging Face or popax base")
+    add_data(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument("--catalog", metavar="DIR", help="where revisions are committed (default: OUT/catalog)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's path, or byte (default: the base's)")
+    parser.add_argument("--users_with_at_least", type=int, default=0, metavar="N", help="only users with N examples")
+    parser.add_argument("--everyone", action="store_true", help="also users without new data since their revision")
+    parser.add_argument("--no_table", action="store_true", help="neither train the shared adapter nor compare")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from popax.training.interrupt import StopOnSignal
+
+    started = time.monotonic()
+    door = GinDoor([WIRING, *args.gin_file], args.gin_param)
+    session = _open(args, door)
+    place = args.catalog or str(session.directory / "catalog")
+    with StopOnSignal() as stop:
+        report = session.train(
+            everyone=args.everyone, save_config=lambda: door.save(session.directory), stop_requested=stop
+        )
+    trained = len(report.trained)
+    if stop():
+        raise KeyboardInterrupt(
+            f"{trained} users are committed in {place}, those in training are checkpointed in {session.directory} "
+            f"(iteration {report.iterations}); the same command continues from there"
+        )
+    print(
+        f"{place}: {trained} users trained in {report.iterations} iterations, {report.up_to_date} up to date, "
+        f"{len(report.nothing_to_learn)} with nothing to learn from"
+    )
+    scores = []
+    if not args.no_table:
+        try:
+            scores = session.compare(report.run)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"all users are committed in {place}; the same command makes the table") from None
+    finish(
+        args,
+        "train",
+        {"train": session.config, "data": session.pipeline.config, "base": session.base.digest, "run": report.run},
+        {"users_trained": trained, "users_up_to_date": report.up_to_date, "iterations": report.iterations},
+        scores,
+        started,
+    )
+    return 0
+
+
+def _open(args: argparse.Namespace, door: GinDoor) -> "Session":
+    from popax.adapters.cohort import Cohort
+    from popax.data.pipeline import PipelineConfig, UserPipeline
+    from popax.data.records import Columns
+    from popax.data.tokenize import load_tokenizer
+    from popax.evaluation.columns import EvalConfig
+    from popax.modeling.base import load_base
+    from popax.store.catalog import Catalog
+    from popax.training.config import TrainConfig
+    from popax.training.inputs import check_fits, open_users, select_users
+    from popax.training.session import Session
+
+    out = Path(args.out)
+    config, data, columns = door.build(TrainConfig), door.build(PipelineConfig), door.build(Columns)
+    evaluation = door.build(EvalConfig)
+    base, tokenizer = load_base(args.base), load_tokenizer(args.tokenizer or args.base)
+    # What does not fit is refused before anything is read or written.
+    check_fits(base.model, tokenizer, data.seq_len)
+    Cohort.of(config.adapter, base.model.sites())
+    dataset = open_users(args.data, out / "data", columns, progress=sys.stderr.isatty())
+    users = select_users(dataset, at_least=args.users_with_at_least)
+    return Session(
+        base=base,
+        pipeline=UserPipeline(dataset, tokenizer, data),
+        config=config,
+        evaluation=evaluation,
+        catalog=Catalog.open(args.catalog or str(out / "catalog"), create=True),
+        users=users,
+        directory=out,
+    )

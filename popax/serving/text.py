@@ -1,0 +1,69 @@
+"""Prompts in, text out: the tokenizer around a batch of mixed users."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from popax.data.tokenize import Tokenizer
+from popax.modeling.base import Base
+from popax.serving.generate import generate
+from popax.serving.pool import BASE_ONLY, Request, bind_rows, load_rows, parse_request
+from popax.serving.sampling import Sampling
+from popax.store.catalog import Catalog
+
+
+class GeneratedText(NamedTuple):
+    """One row: who wrote it (revision None: the base alone), and whether the end token came."""
+
+    name: str
+    revision: int | None
+    prompt: str
+    text: str
+    tokens: list[int]
+    ended: bool
+
+
+def generate_text(
+    base: Base,
+    tokenizer: Tokenizer,
+    catalog: Catalog | None,
+    users: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> list[GeneratedText]:
+    """One batch, a row for each user ("base", "user" or "user@revision") and prompt; row i samples with seed + i.
+
+    catalog: None where every row is the base's. Errors as `load_rows` and `generate`.
+    """
+    requests = [Request(None) if catalog is None else parse_request(user, catalog) for user in users]
+    pool, slots = (None, [-1] * len(users)) if catalog is None else load_rows(catalog, requests, base.digest)
+    rows = generate(
+        base.model,
+        base.params,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        adapt=bind_rows(pool, slots),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seeds=[(seed + row) % 2**32 for row in range(len(users))],
+        end_id=tokenizer.eos_id,
+    )
+    manifests = [None if pool is None or slot < 0 else pool.manifests[slot] for slot in slots]
+    return [
+        GeneratedText(
+            name=manifest.name if manifest else BASE_ONLY,
+            revision=manifest.revision if manifest else None,
+            prompt=prompt,
+            text=tokenizer.decode(row.tokens),
+            tokens=[int(token) for token in row.tokens],
+            ended=row.ended,
+        )
+        for manifest, prompt, row in zip(manifests, prompts, rows, strict=True)
+    ]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """BOS, where the tokenizer puts one before a document, then the prompt's tokens."""
+    ids = [int(token) for token in tokenizer.encode(prompt).ids]
+    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids

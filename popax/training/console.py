@@ -1,0 +1,106 @@
+"""What a person at a terminal sees of a run, and what its directory keeps of it: progress and metrics."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from popax.population.step import StepMetrics
+from popax.training.metrics import MetricsWriter
+from popax.training.pretrain import PretrainConfig, PretrainHooks
+from popax.training.progress import Progress
+from popax.training.record import RunRecord
+from popax.training.stream import Seating
+
+
+@contextlib.contextmanager
+def watch_pretraining(
+    directory: Path, config: PretrainConfig, *, save_config: Callable[[], object], stop_requested: Callable[[], bool]
+) -> Iterator[PretrainHooks]:
+    """Hooks that show a bar and write one metrics line a step; the run's checkpoint says where both go on.
+
+    save_config is called when the run begins: by then it is known that the directory is this run's.
+    """
+    with contextlib.ExitStack() as opened:
+        bar: list[Progress] = []
+        lines: list[MetricsWriter] = []
+
+        def on_start(step: int) -> None:
+            save_config()
+            bar.append(opened.enter_context(Progress("pretrain", total=config.steps, start=step)))
+            lines.append(opened.enter_context(MetricsWriter(directory, resume_step=step)))
+
+        def on_step(step: int, loss: float) -> None:
+            lines[0].write(step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+            bar[0].update(note=f"loss {loss:.3f}")
+
+        yield PretrainHooks(on_start=on_start, on_step=on_step, stop_requested=stop_requested)
+
+
+class PopulationWatch:
+    """The `on_start` and `on_round` of a population run: users done on the bar, one metrics line a round.
+
+    save_config is called when the run begins, as with `watch_pretraining`.
+    """
+
+    def __init__(self, directory: Path, *, save_config: Callable[[], object]):
+        self._directory, self._save_config = directory, save_config
+        self._opened, self._done = contextlib.ExitStack(), 0
+
+    def on_start(self, record: RunRecord, seating: Seating) -> None:
+        self._save_config()
+        self._done = users_done(seating)
+        self._bar = self._opened.enter_context(
+            Progress("train", total=len(record.queue), start=self._done, unit="user")
+        )
+        self._lines = self._opened.enter_context(MetricsWriter(self._directory, resume_step=seating.iteration))
+
+    def on_round(self, seating: Seating, metrics: Sequence[StepMetrics]) -> None:
+        values = round_metrics(metrics) | {"users_done": users_done(seating)}
+        self._lines.write(seating.iteration, values)
+        self._bar.update(users_done(seating) - self._done, note=f"loss {values['loss']:.3f}")
+        self._done = users_done(seating)
+
+    def __enter__(self) -> "PopulationWatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+
+def users_done(seating: Seating) -> int:
+    """Users who have had a seat and left it."""
+    return seating.table.next - len(seating.table.occupied)
+
+
+def round_metrics(metrics: Sequence[StepMetrics]) -> dict[str, float]:
+    """Over one round: nats a target over all members that ran, the largest gradient norm, targets, skipped steps."""
+    host: list[StepMetrics] = jax.device_get(list(metrics))
+    ran = np.stack([np.asarray(step.ran) for step in host])
+    nats = np.stack([np.asarray(step.sums.nats) for step in host])
+    targets = np.stack([np.asarray(step.sums.targets) for step in host])
+    norms = np.stack([np.asarray(step.grad_norm) for step in host])
+    total = float(targets[ran].sum())
+    return {
+        "loss": float(nats[ran].sum()) / total if total else math.nan,
+        "targets": total,
+        "grad_norm_max": float(norms[ran].max()) if ran.any() else math.nan,
+        "users_training": float(ran[-1].sum()),
+    }
+
+
+@contextlib.contextmanager
+def step_bar(name: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
+    """tell(done, total) moves a bar that opens with the first call."""
+    with contextlib.ExitStack() as opened:
+        bar: list[Progress] = []
+
+        def tell(done: int, total: int) -> None:
+            if not bar:
+                bar.append(opened.enter_context(Progress(name, total=total, unit=unit)))
+            bar[0].update(done - bar[0].done)
+
+        yield tell

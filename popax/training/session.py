@@ -1,0 +1,116 @@
+"""A population run as one object: the training, then the shared adapter and the table that compares."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from popax.adapters.cohort import Cohort
+from popax.data.pipeline import UserPipeline
+from popax.errors import DataError
+from popax.evaluation.catalog import EVERYONE, catalog_columns
+from popax.evaluation.columns import EvalConfig, UserScores
+from popax.modeling.base import Base
+from popax.store.catalog import Catalog
+from popax.store.layout import RowLayout
+from popax.training.config import TrainConfig
+from popax.training.console import PopulationWatch, step_bar
+from popax.training.files import shared_arrays
+from popax.training.run import RunReport, train_population
+from popax.training.shared_adapter import train_shared_adapter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a population run is made of; directory also receives its metrics and the shared adapter's catalog."""
+
+    base: Base
+    pipeline: UserPipeline
+    config: TrainConfig
+    evaluation: EvalConfig
+    catalog: Catalog
+    users: Sequence[str]
+    directory: Path
+
+    def train(
+        self, *, everyone: bool, save_config: Callable[[], object], stop_requested: Callable[[], bool]
+    ) -> RunReport:
+        """`train_population`, shown and recorded by a PopulationWatch."""
+        with PopulationWatch(self.directory, save_config=save_config) as watch:
+            return train_population(
+                self.base,
+                self.pipeline,
+                self.config,
+                directory=self.directory,
+                catalog=self.catalog,
+                users=self.users,
+                everyone=everyone,
+                on_start=watch.on_start,
+                on_round=watch.on_round,
+                stop_requested=stop_requested,
+            )
+
+    def compare(self, run: str) -> list[UserScores]:
+        """The four columns for all of the run's users who have an adapter of its configuration; [] below two users."""
+        users = users_of_cohort(self.base, self.config, self.catalog, self.users)
+        if len(users) < 2:
+            return []
+        with step_bar("shared adapter") as tell:
+            everyone = keep_shared_adapter(self, users, run, on_step=tell)
+        return score(self.base, self.pipeline, self.catalog, users, self.evaluation, everyone)
+
+
+def score(
+    base: Base,
+    pipeline: UserPipeline,
+    catalog: Catalog,
+    users: Sequence[str],
+    config: EvalConfig,
+    everyone: Catalog | None,
+) -> list[UserScores]:
+    """`catalog_columns` with a bar."""
+    with contextlib.ExitStack() as opened:
+        tell = opened.enter_context(step_bar("score", unit="user"))
+        done, total = 0, len(users) * (4 if everyone is not None else 3)
+
+        def on_group(count: int) -> None:
+            nonlocal done
+            done += count
+            tell(min(done, total), total)
+
+        return catalog_columns(base, pipeline, catalog, users, config, everyone=everyone, on_group=on_group)
+
+
+def users_of_cohort(base: Base, config: TrainConfig, catalog: Catalog, users: Sequence[str]) -> list[str]:
+    """Those of these users whose latest revision is of this base and this adapter configuration."""
+    cohort = Cohort.of(config.adapter, base.model.sites())
+    stored = catalog.find_cohort(config.adapter, base.digest, RowLayout.of(cohort.abstract()))
+    present = [user for user in users if catalog.exists(user)]
+    return [user for user in present if stored is not None and catalog.history(user)[-1].cohort == stored.id]
+
+
+def keep_shared_adapter(
+    session: Session, users: Sequence[str], run: str, *, on_step: Callable[[int, int], None]
+) -> Catalog:
+    """`train_shared_adapter`, committed as the user "everyone" of the catalog `shared` in the run's directory.
+
+    It is no user of the run's own catalog, where it would be listed and counted among them. Trained once a run.
+    """
+    base, pipeline, config = session.base, session.pipeline, session.config
+    learners = [user for user in users if len(pipeline.rows(user, "past").tokens_BxT)]
+    if not learners:
+        raise DataError(f"none of the {len(users)} users has text in the past to train a shared adapter on")
+    kept = Catalog.open(session.directory / "shared", create=True)
+    if kept.exists(EVERYONE) and kept.history(EVERYONE)[-1].run == run:
+        return kept
+    cohort = Cohort.of(config.adapter, base.model.sites())
+    shared = shared_arrays(base, cohort, session.catalog)
+    adapters = train_shared_adapter(base, pipeline, config, learners, shared, on_step=on_step)
+    layout = RowLayout.of(cohort.abstract())
+    stored = kept.cohort(config.adapter, cohort.specs, base.digest, layout, shared or None)
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf[0]), adapters)
+    kept.commit(stored, EVERYONE, adapter, provenance={"users": len(learners)}, run=run)
+    return kept
