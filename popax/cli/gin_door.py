@@ -44,6 +44,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.evaluation.columns:EvalConfig",
     "popax.serving.sampling:Sampling",
     "popax.bench.train:BenchTrainConfig",
+    "popax.demo.config:DemoConfig",
 )
 
 
