@@ -24,18 +24,19 @@ class DemoConfig:
     vocab_size: int = 2048
     embed_dim: int = 128
     num_layers: int = 4
-    base_steps: int = 450
+    base_steps: int = 600
     base_batch_size: int = 16
     base_seq_len: int = 128
     base_learning_rate: float = 4e-3
     rank: int = 8
     alpha: float = 16.0
-    steps: int = 60
+    steps: int = 48
     learning_rate: float = 2e-3
     batch_size: int = 2
     seq_len: int = 128
-    validate_every: int = 10
-    patience: int = 2
+    validate_every: int = 8
+    patience: int = 6
+    validation_rows: int = 8
     held_out_rows: int = 16
     generate_users: int = 4
     new_tokens: int = 48
@@ -87,6 +88,7 @@ class DemoConfig:
             steps=self.steps,
             learning_rate=self.learning_rate,
             early_stop=EarlyStop(every=self.validate_every, patience=self.patience),
+            validation_rows=self.validation_rows,
             seed=self.seed,
         )
 

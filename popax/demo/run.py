@@ -1,4 +1,4 @@
-"""The demo, step by step: a base, a population in one compiled step, revisions, mixed generation, one user extracted."""
+"""The demo, step by step: a base, a population in one step, revisions, mixed generation, one user extracted."""
 
 import dataclasses
 import hashlib

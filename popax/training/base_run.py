@@ -1,23 +1,21 @@
 """A whole pretraining run: users' text in, a base with its tokenizer out; stopped and resumed at will."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from popax.data.pipeline import PipelineConfig, UserPipeline
-from popax.data.records import Example
 from popax.data.tokenize import Tokenizer, load_tokenizer
 from popax.data.users import UserDataset
 from popax.errors import DataError
-from popax.evaluation.columns import bits_per_byte, row_chunks
+from popax.evaluation.columns import row_chunks
 from popax.modeling.base import new_base, save_base
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
-from popax.objectives.base import Sums
 from popax.objectives.sft import sft
 from popax.training.inputs import check_fits, make_tokenizer, save_once, texts_of
 from popax.training.pretrain import PretrainConfig, PretrainHooks, pretrain
@@ -25,6 +23,7 @@ from popax.training.record import RunRecord
 from popax.types import NO_ADAPT, Params
 
 GROUP_EXAMPLES = 512
+TOKENIZER_EXAMPLES = 50_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ def pretrain_base(
         steps=done,
         num_params=model.num_params,
         users=len(users),
-        held_out=held_out(model, params, pipeline) if finished else float("nan"),
+        held_out=held_out(model, params, pipeline) if finished else math.nan,
     )
 
 
@@ -103,19 +102,19 @@ def held_out(model: Model, params: Params, pipeline: UserPipeline, rows: int = 1
     """Bits per byte on the future rows of everyone in the pipeline; NaN where there is none."""
     objective = sft(model)
     score = jax.jit(lambda params, batch: objective(params, NO_ADAPT, batch)[1])
-    total = np.zeros(3)
+    nats = num_bytes = 0.0
     for user in pipeline.dataset.users():
-        batch = pipeline.evaluation([user], "future")
-        for chunk in row_chunks(batch, rows):
+        for chunk in row_chunks(pipeline.evaluation([user], "future"), rows):
             sums = score(params, jax.tree.map(lambda leaf: leaf[0], chunk))
-            total += [float(value) for value in sums]
-    return float(bits_per_byte(Sums(*(np.asarray(value) for value in total))))
+            nats, num_bytes = nats + float(sums.nats), num_bytes + float(sums.target_bytes)
+    return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
 
 
 def _tokenizer(spec: str, dataset: UserDataset, users: Sequence[str], place: Path) -> Tokenizer:
-    """Made once: a resumed run reads back the one it began with."""
+    """Made once, of every k-th user's text: merges need no more. A resumed run reads back the one it began with."""
     if not place.exists():
-        examples: Iterator[Example] = (example for user in users for example in dataset.examples(user))
+        stride = -(-sum(map(dataset.num_examples, users)) // TOKENIZER_EXAMPLES)
+        examples = (example for user in users[:: max(1, stride)] for example in dataset.examples(user))
         made = make_tokenizer(spec, lambda: texts_of(examples))
         save_once(place, made.save)
     return load_tokenizer(place)

@@ -13,7 +13,8 @@ class TrainConfig:
     """A population run. steps is each user's own number; slots is how many users share one compiled step.
 
     Users with fewer rows than steps * batch_size see them at most max_epochs times; users with fewer examples than
-    min_examples are left out. checkpoint_every counts iterations of the whole population. early_stop: None trains
+    min_examples are left out. checkpoint_every counts iterations of the whole population. validation_rows: how many
+    rows of a user's validation slice early stopping looks at. early_stop: None trains
     every user to the last step and keeps the last adapter.
     """
 
@@ -28,11 +29,12 @@ class TrainConfig:
     early_stop: EarlyStop | None = EarlyStop()  # noqa: RUF009 - frozen
     checkpoint_every: int = 100
     min_examples: int = 2
+    validation_rows: int = 4
     seed: int = 0
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("slots", "steps", "checkpoint_every"):
+        for name in ("slots", "steps", "checkpoint_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
         if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:

@@ -33,7 +33,7 @@ def open_users(
     from others, and whatever `build_dataset` raises.
     """
     if len(sources) == 1 and _is_dataset(Path(sources[0])):
-        return UserDataset.open(sources[0])
+        return UserDataset.open(Path(sources[0]))
     files = find_sources([str(source) for source in sources])
     record = {
         "files": [{"name": file.name, "sha256": _sha256(file)} for file in files],

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
+from popax.errors import PopulationError
 from popax.population.state import PopulationState, hparams, init_member
 from popax.store.catalog import Catalog
 from popax.training.config import TrainConfig
@@ -85,7 +87,13 @@ class MemberSource:
         if parent is None:
             return Start(self._fresh(key, settings), None)
         assert self._catalog is not None
-        adapter, _ = self._catalog.load(user, parent, base_digest=self._base_digest)
+        adapter, manifest = self._catalog.load(user, parent, base_digest=self._base_digest)
+        if AdapterConfig.from_dict(manifest.config) != self._config.adapter:
+            raise PopulationError(
+                f"{manifest.shown} is {AdapterConfig.from_dict(manifest.config)}, this run trains "
+                f"{self._config.adapter}: a user continues with the configuration they have; commit to another "
+                "catalog to begin anew with another one"
+            )
         return Start(self._continued(key, settings, adapter), parent)
 
     def _parent(self, user: str) -> int | None:

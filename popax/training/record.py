@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from popax.adapters.base import AdapterConfig
 from popax.data.users import UserDataset
 from popax.errors import ConfigError
 from popax.store.catalog import Catalog
@@ -55,13 +56,17 @@ def data_provenance(dataset: UserDataset, user: str) -> dict[str, Any]:
     return {"examples": len(examples), "digest": digest.hexdigest()}
 
 
-def users_with_new_data(dataset: UserDataset, catalog: Catalog, users: Sequence[str], base_digest: str) -> list[str]:
-    """The users without a revision for this base, or whose latest was trained on other data than they have now."""
+def users_with_new_data(
+    dataset: UserDataset, catalog: Catalog, users: Sequence[str], base_digest: str, config: AdapterConfig
+) -> list[str]:
+    """The users whose latest revision, if any, is of another base or configuration or of other data than they have."""
 
     def is_new(user: str) -> bool:
         if not catalog.exists(user):
             return True
         latest = catalog.history(user)[-1]
-        return latest.base_digest != base_digest or latest.provenance.get("data") != data_provenance(dataset, user)
+        if latest.base_digest != base_digest or AdapterConfig.from_dict(latest.config) != config:
+            return True
+        return latest.provenance.get("data") != data_provenance(dataset, user)
 
     return [user for user in users if is_new(user)]

@@ -60,7 +60,7 @@ def train_population(
     record = RunRecord.open(
         directory,
         run_settings(base, pipeline, config),
-        lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest),
+        lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest, config.adapter),
     )
     files = RunFiles(
         base=base,

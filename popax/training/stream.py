@@ -63,14 +63,13 @@ class PopulationStream:
         queue: Sequence[str],
         source: MemberSource,
         writer: RevisionWriter,
-        validation_rows: int = 4,
         hooks: Hooks | None = None,
         place: Callable[[Any], Any] = lambda tree: tree,
     ):
         self._base, self._shared, self._cohort, self._config = base, shared, cohort, config
         self._programs, self._data, self._queue = programs, data, list(queue)
         self._source, self._writer, self._hooks = source, writer, hooks or Hooks()
-        self._validation_rows, self._place = validation_rows, place
+        self._place = place
         self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
 
     def fresh(self) -> Seating:
@@ -127,7 +126,7 @@ class PopulationStream:
     def _validate(self, state: PopulationState, table: SlotTable) -> PopulationState:
         if self._programs.observe is None:
             return state
-        rows = self._validation_rows
+        rows = self._config.validation_rows
         batch = self._data.evaluation(table.users, "validation", max_rows=rows)
         # A fixed number of rows: otherwise the population's longest slice would decide a shape, and recompile.
         batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)

@@ -154,3 +154,11 @@ def test_users_of_another_base_are_refused(world, tmp_path, capsys):
     shutil.copytree(world.catalog, catalog)
     assert main(world.train(tmp_path / "run", "--catalog", catalog, "--base", base)) == 2
     assert "was made for the base" in capsys.readouterr().err
+
+
+def test_a_revision_of_another_configuration_is_not_continued(world, tmp_path, capsys):
+    catalog = str(tmp_path / "catalog")
+    shutil.copytree(world.catalog, catalog)
+    assert main(world.train(tmp_path / "run", "--catalog", catalog, "--gin_param", "AdapterConfig.alpha=4.0")) == 2
+    assert "a user continues with the configuration they have" in capsys.readouterr().err
+    assert digests(catalog) == digests(world.catalog)
