@@ -1,1 +1,1 @@
-
+"""The doors: commands and gin. Nothing below imports them."""

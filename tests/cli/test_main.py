@@ -115,7 +115,7 @@ def test_help_lists_every_command_and_imports_no_jax():
         "import sys; from popax.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'jax', 'numpy', 'flax', 'tensorstore', 'gin', 'grain', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'jax', 'numpy', 'flax', 'tensorstore', 'grain', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     shown = run_python(code)
