@@ -24,7 +24,7 @@ help:
 setup: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 demo: $(VENV)/.installed-run
 	$(BIN)/popax demo $(ARGS)
