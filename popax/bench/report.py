@@ -1,6 +1,7 @@
 """The JSON that every measuring command writes (design.md section 9), from which documents and pictures are made."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -115,4 +116,6 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int | bool):
         return value
+    if isinstance(value, functools.partial):
+        return {"function": _plain(value.func), **_plain(value.keywords)}
     return getattr(value, "__qualname__", None) or str(value)
