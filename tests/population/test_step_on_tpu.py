@@ -1,4 +1,4 @@
-"""The population step, compiled by the real TPU compiler for a slice that is not attached: kernels in, no collective."""
+"""The population step through the real TPU compiler, for a slice that is not attached: kernels in, no collective."""
 
 import importlib.util
 import json
