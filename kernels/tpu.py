@@ -4,15 +4,24 @@ from collections.abc import Sequence
 
 from jax.experimental.pallas import tpu as pltpu
 
+from popax.kernels import target
+
 LANES = 128
 SUBLANES = 8
-# Every kernel's own choice of blocks fits the smallest core (v4) with room for the compiler's spills.
-VMEM_BUDGET = 12 << 20
+# What blocks may take of a core's vector memory; the rest is for the compiler's own temporaries.
+SMALL_BUDGET, LARGE_BUDGET = 12 << 20, 40 << 20
+LARGE_VMEM = 64 << 20
 
 
-def compiler_params(semantics: Sequence[str], *, vmem_limit: int | None = None):
-    """semantics: "parallel" or "arbitrary" for each grid axis. vmem_limit: bytes, None for the compiler's own."""
-    return pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_limit)
+def vmem_budget() -> int:
+    """Bytes for a kernel's blocks and scratch on the device that is traced for."""
+    return LARGE_BUDGET if target.vmem_bytes() >= LARGE_VMEM else SMALL_BUDGET
+
+
+def compiler_params(semantics: Sequence[str]):
+    """semantics: "parallel" or "arbitrary" for each grid axis. The compiler may use a quarter more than the budget."""
+    limit = vmem_budget() * 5 // 4
+    return pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=limit)
 
 
 def divisor_block(size: int, most: int, multiple: int = LANES) -> int:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from popax.kernels.sites import RANKS, SITES
+
 
 class ArgSpec(NamedTuple):
     """One call: N users, T tokens each, D in, F out, R rank."""
@@ -14,10 +16,14 @@ class ArgSpec(NamedTuple):
     rank: int
 
 
-ARG_SPECS = (
+def _training(site, rank: int) -> ArgSpec:
+    """A training step on one host's worth of users: 512 tokens each, fewer users where the base is larger."""
+    users = 64 if site.model.startswith("qwen3") else 16
+    return ArgSpec(f"{site.label}_r{rank}", users, 512, site.d_in, site.d_out, rank)
+
+
+TOYS = (
     ArgSpec("toy_q_r8", 64, 256, 64, 64, 8),
-    ArgSpec("bench_25m_up_r8", 8, 256, 512, 1536, 8),
-    ArgSpec("qwen3_0_6b_up_r16", 64, 512, 1024, 3072, 16),
-    ArgSpec("qwen3_8b_q_r16", 64, 512, 4096, 4096, 16),
-    ArgSpec("qwen3_8b_down_r16", 64, 512, 12288, 4096, 16),
+    ArgSpec("bench_25m_up_r8", 8, 512, 512, 1536, 8),
 )
+ARG_SPECS = (*TOYS, *(_training(site, rank) for site in SITES for rank in RANKS))

@@ -1,57 +1,63 @@
-"""One user's op with its VJP, and the vmap rules through which a population's kernel enters.
-
-`jax.vmap` of the one-user loss meets `custom_vmap` in the forward and in the backward, and calls the stacked op once
-for all users. Nobody writes a population kernel into a loss.
-"""
-
-from collections.abc import Callable
-from typing import Any
+"""One user's op with its VJP; under `jax.vmap` each of the two is one stacked call (popax.kernels.population)."""
 
 import jax
-import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
-from popax.kernels.stacked_lora.dispatch import stacked_backward, stacked_forward
-
-
-def _door(stacked: Callable[..., Any]) -> Callable[..., Any]:
-    """The one-user function whose vmap is one call of `stacked` with the population axis first."""
-
-    @custom_vmap
-    def one_user(*operands):
-        outputs = stacked(*(operand[None] for operand in operands))
-        return tuple(output[0] for output in outputs)
-
-    @one_user.def_vmap
-    def population(axis_size, in_batched, *operands):
-        # Operands without the population axis are the same for every user (the scale, or x of a first layer).
-        full = (
-            operand if batched else jnp.broadcast_to(operand, (axis_size, *operand.shape))
-            for operand, batched in zip(operands, in_batched, strict=True)
-        )
-        outputs = stacked(*full)
-        return outputs, (True,) * len(outputs)
-
-    return one_user
+from popax.kernels import dispatch, population
+from popax.kernels.stacked_lora.arg_specs import ArgSpec
+from popax.kernels.stacked_lora.ops import BACKWARD, FORWARD
 
 
-_forward = _door(stacked_forward)
-_backward = _door(stacked_backward)
+def _run(op, x_NxTxD, b_NxRxF, operands):
+    (users, tokens, d_in), (_, rank, d_out) = x_NxTxD.shape, b_NxRxF.shape
+    return dispatch.run(
+        op.name,
+        op.implementations,
+        ArgSpec("", users, tokens, d_in, d_out, rank),
+        *operands,
+        dtype=x_NxTxD.dtype.name,
+        population=(True,) * len(operands),
+        block_types=op.block_types,
+    )
+
+
+def _stacked_forward(x_NxTxD, a_NxRxD, b_NxRxF, scale_N, *y_NxTxF):
+    return _run(FORWARD, x_NxTxD, b_NxRxF, (x_NxTxD, a_NxRxD, b_NxRxF, scale_N, *y_NxTxF))
+
+
+def _stacked_backward(g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N):
+    return _run(BACKWARD, x_NxTxD, b_NxRxF, (g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N))
+
+
+_forward, _backward = population.door(_stacked_forward), population.door(_stacked_backward)
 
 
 @jax.custom_vjp
-def lora(x_TxD: jax.Array, a_RxD: jax.Array, b_RxF: jax.Array, scale: jax.Array) -> jax.Array:
-    """delta_TxF = s (x A^T) B, in x's dtype. a, b may be of another float dtype; scale is a scalar array."""
-    return _forward(x_TxD, a_RxD, b_RxF, scale)[0]
+def lora(x_TxD: jax.Array, a_RxD: jax.Array, b_RxF: jax.Array, scale: jax.Array, y_TxF: jax.Array) -> jax.Array:
+    """y + s (x A^T) B, in y's dtype. x, a, b may be of other float dtypes; scale is a scalar array."""
+    return _forward(x_TxD, a_RxD, b_RxF, scale, y_TxF)[0]
 
 
-def _lora_fwd(x_TxD, a_RxD, b_RxF, scale):
-    delta_TxF, h_TxR = _forward(x_TxD, a_RxD, b_RxF, scale)
-    return delta_TxF, (x_TxD, h_TxR, a_RxD, b_RxF, scale)
+def _lora_fwd(x_TxD, a_RxD, b_RxF, scale, y_TxF):
+    out_TxF, h_RxT = _forward(x_TxD, a_RxD, b_RxF, scale, y_TxF)
+    return out_TxF, (x_TxD, h_RxT, a_RxD, b_RxF, scale)
 
 
 def _lora_bwd(residuals, g_TxF):
-    return _backward(g_TxF, *residuals)
+    return (*_backward(g_TxF, *residuals), g_TxF)
 
 
 lora.defvjp(_lora_fwd, _lora_bwd)
+
+
+@jax.custom_vjp
+def delta(x_TxD: jax.Array, a_RxD: jax.Array, b_RxF: jax.Array, scale: jax.Array) -> jax.Array:
+    """s (x A^T) B, in x's dtype."""
+    return _forward(x_TxD, a_RxD, b_RxF, scale)[0]
+
+
+def _delta_fwd(x_TxD, a_RxD, b_RxF, scale):
+    delta_TxF, h_RxT = _forward(x_TxD, a_RxD, b_RxF, scale)
+    return delta_TxF, (x_TxD, h_RxT, a_RxD, b_RxF, scale)
+
+
+delta.defvjp(_delta_fwd, lambda residuals, g_TxF: _backward(g_TxF, *residuals))

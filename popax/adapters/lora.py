@@ -32,7 +32,7 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     del shared
-    return y + lora(drop(x), state["a"], state["b"], scale).astype(y.dtype)
+    return lora(drop(x), state["a"], state["b"], scale, y)
 
 
 def _indexed(

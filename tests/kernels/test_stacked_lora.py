@@ -200,4 +200,4 @@ def test_named_specs_trace():
         operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         delta, h = jax.eval_shape(reference.forward, *operands)
         assert delta.shape == (spec.population, spec.tokens, spec.d_out)
-        assert h.shape == (spec.population, spec.tokens, spec.rank)
+        assert h.shape == (spec.population, spec.rank, spec.tokens)

@@ -1,6 +1,5 @@
 """The grouped products of the GPU forms, interpreted, and the ops that they make, against sums in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import strategies as st
 
 from popax.kernels import triton
 from popax.kernels.indexed_lora import decode_gpu
-from popax.kernels.stacked_lora import pallas_gpu
 
 DTYPES = ("float32", "bfloat16")
 
@@ -88,41 +86,6 @@ def test_decode_against_the_sum(lora_math, shape, kind, dtype, tile, with_y, see
         lora_math.assert_close(out[row], want, magnitude, dtype, d_in + live)
 
 
-@given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 70), st.integers(1, 50), st.integers(1, 130)),
-    dtype=st.sampled_from(DTYPES),
-    with_y=st.booleans(),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=10, deadline=None)
-def test_stacked_forward_and_backward_against_the_sums(lora_math, shape, dtype, with_y, seed):
-    users, tokens, d_in, d_out, rank = shape
-    x, g = (
-        lora_math.normal(seed, (users, tokens, d_in), dtype),
-        lora_math.normal(seed + 1, (users, tokens, d_out), dtype),
-    )
-    a, b = (
-        lora_math.normal(seed + 2, (users, rank, d_in), dtype),
-        lora_math.normal(seed + 3, (users, rank, d_out), dtype),
-    )
-    y = lora_math.normal(seed + 4, (users, tokens, d_out), dtype) if with_y else None
-    scale = jnp.linspace(0.5, 2.0, users, dtype=jnp.float32)
-    blocks = triton.Blocks(tile=1 if tokens == 1 else 16, block=32)
-    out, h = pallas_gpu.forward(x, a, b, scale, y, blocks=blocks, interpret=True)
-    gradients = pallas_gpu.backward(g, x, h, a, b, scale, blocks=blocks, interpret=True)
-    terms = d_in + d_out + rank + tokens
-    for user in range(users):
-        operands, size = (x[user], a[user], b[user]), float(scale[user])
-        sizes = [np.abs(np.asarray(each, np.float64)) for each in operands]
-        base = np.zeros((tokens, d_out)) if y is None else np.asarray(y[user], np.float64)
-        want = lora_math.delta(*operands, size) + base
-        lora_math.assert_close(out[user], want, lora_math.delta(*sizes, size) + np.abs(base), dtype, terms)
-        wants = lora_math.vjp(g[user], *operands, size)
-        magnitudes = lora_math.vjp(np.abs(np.asarray(g[user], np.float64)), *sizes, size)
-        for got, true, magnitude in zip(gradients, wants, magnitudes, strict=True):
-            lora_math.assert_close(got[user], true, magnitude, dtype, terms)
-
-
 def test_an_empty_slot_has_a_gradient_of_zeros_whatever_its_scale():
     h, x = jnp.ones((2, 4)), jnp.ones((4, 3))
     first, end = jnp.array([0, 4], jnp.int32), jnp.array([4, 4], jnp.int32)
@@ -132,10 +95,3 @@ def test_an_empty_slot_has_a_gradient_of_zeros_whatever_its_scale():
     )
     np.testing.assert_array_equal(g[0], 8.0)
     np.testing.assert_array_equal(g[1], 0.0)
-
-
-def test_float64_is_refused_with_its_name():
-    with jax.enable_x64(True):
-        x = jnp.zeros((1, 2, 4), jnp.float64)
-        with pytest.raises(NotImplementedError, match="float64"):
-            pallas_gpu.forward(x, x[:, :1], x[:, :1], jnp.ones((1,)))
