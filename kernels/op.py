@@ -28,6 +28,7 @@ class Op(NamedTuple):
     cost(spec, dtype): the floor.
     block_types: the NamedTuple of block sizes of each kernel, which it takes as `blocks=`.
     blocks(spec, implementation): candidates for the tuner.
+    donated: operands that a caller gives up, as a program does with an intermediate; a result may take their memory.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Op(NamedTuple):
     cost: Callable[..., Cost]
     block_types: Mapping[str, Any] = MappingProxyType({})
     blocks: Callable[..., tuple[Any, ...]] = lambda spec, implementation: ()
+    donated: tuple[int, ...] = ()
 
 
 def nbytes(*operands: Any) -> int:

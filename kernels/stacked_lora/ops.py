@@ -98,6 +98,7 @@ FORWARD = Op(
     cost=_forward_cost,
     block_types=_BLOCK_TYPES,
     blocks=_candidates,
+    donated=(4,),
 )
 BACKWARD = Op(
     name="stacked_lora.backward",

@@ -1,0 +1,89 @@
+"""Compiling one call for a TPU that is not attached, and reading what the compiler says about it."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from popax.errors import ConfigError
+from popax.kernels.op import nbytes
+
+# The smallest slice of each kind that the compiler knows.
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+# What the compiler wants to hear before jax is imported, on a machine without a TPU (design.md section 5).
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "JAX_PLATFORMS": "cpu",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What the compiler counts for one program on one device, in bytes and operations.
+
+    operand_bytes is the logical size; arguments and temporaries are what the device holds. vmem_bytes: the largest
+    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration.
+    """
+
+    operand_bytes: int
+    argument_bytes: int
+    temporary_bytes: int
+    vmem_bytes: int
+    flops: int
+    bytes: int
+
+    @property
+    def held_over_logical(self) -> float:
+        return (self.argument_bytes + self.temporary_bytes) / self.operand_bytes
+
+
+def require_compiler() -> None:
+    """Raises ConfigError, with the fix, where the TPU compiler cannot be reached."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("the TPU compiler is not installed: pip install 'popax[aot]' (the package libtpu)")
+    absent = {name: value for name, value in ENVIRONMENT.items() if os.environ.get(name) != value}
+    if absent:
+        settings = " ".join(f"{name}={value}" for name, value in absent.items())
+        raise ConfigError(f"set before Python starts, so that the compiler does not look for a TPU: {settings}")
+
+
+def one_device(topology: str) -> Mesh:
+    """A mesh of the first device of a slice such as "v5e:2x2"."""
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    return Mesh(np.array(devices[:1]), ("population",))
+
+
+def count(call: Callable[..., Any], operands: tuple[Any, ...], mesh: Mesh, donated: tuple[int, ...] = ()) -> Counted:
+    """Compiles call(*operands) for the mesh; operands are trees of jax.ShapeDtypeStruct.
+
+    Raises what the compiler raises, and NotImplementedError where a kernel does not take the shape.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), operands)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(call, donate_argnums=donated, keep_unused=True).lower(*placed).compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Counted(
+        operand_bytes=nbytes(operands),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        vmem_bytes=_vmem_bytes(compiled.as_text()),
+        flops=int(cost.get("flops", 0)),
+        bytes=int(cost.get("bytes accessed", 0)),
+    )
+
+
+def _vmem_bytes(text: str) -> int:
+    """The largest scoped allocation in memory space 1 (VMEM) that a custom call of the program was given."""
+    scopes = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', text)
+    sizes = [int(size) for scope in scopes for size in re.findall(r'"memory_space":"1"[^}]*"size":"(\d+)"', scope)]
+    return max(sizes, default=0)

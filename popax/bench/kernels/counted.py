@@ -1,0 +1,160 @@
+"""Every op, spec and implementation through the TPU compiler: rows, and the defaults that follow from them."""
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from popax.bench.kernels import aot
+from popax.bench.report import commit, versions
+from popax.kernels import tuning
+from popax.kernels.op import Op
+from popax.kernels.table import OPS
+
+KERNEL = "pallas_tpu"
+DTYPE = jnp.bfloat16
+# A kernel must be ahead by more than what the two countings may differ by in parts that they share.
+AHEAD = 0.99
+FLOPS_ALLOWED = 1.05
+
+
+def select(ops: str = "", specs: str = "") -> Iterable[tuple[Op, Any]]:
+    """The table's (op, spec) whose names match the regular expressions."""
+    for op in OPS:
+        for spec in op.specs:
+            if re.search(ops, op.name) and re.search(specs, spec.name):
+                yield op, spec
+
+
+def rows(
+    topology: str,
+    *,
+    ops: str = "",
+    specs: str = "",
+    implementations: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row for each op, spec and implementation: counts and ratios, or the reason why there are none."""
+    mesh = aot.one_device(topology)
+    found = []
+    for op, spec in select(ops, specs):
+        forms = {"xla": op.implementations["xla"]}
+        forms |= {name: call for name, call in op.implementations.items() if name == KERNEL} | dict(op.rivals)
+        for name, call in forms.items():
+            if re.search(implementations, name):
+                found.append(_row(topology, mesh, op, spec, name, call))
+                say(line(found[-1]))
+    return found
+
+
+def _row(topology: str, mesh, op: Op, spec: Any, name: str, call: Callable[..., Any]) -> dict[str, Any]:
+    operands, floor = op.operands(spec, DTYPE), op.cost(spec, DTYPE)
+    row = {
+        "topology": topology,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "op": op.name,
+        "spec": spec.name,
+        "implementation": name,
+        "floor_bytes": floor.bytes,
+        "floor_flops": floor.flops,
+    }
+    try:
+        counted = aot.count(call, operands, mesh, op.donated)
+    except NotImplementedError as error:
+        return row | {"skipped": str(error)}
+    except Exception as error:
+        # Whatever the compiler says is the row's result: a table with a hole and its reason, not half a table.
+        return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+    return row | {
+        "held_over_logical": counted.held_over_logical,
+        "vmem_bytes": counted.vmem_bytes,
+        "bytes": counted.bytes,
+        "flops": counted.flops,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as a person reads it."""
+    head = f"{row['topology']:12s} {row['op']:24s} {row['spec']:36s} {row['implementation']:14s}"
+    if "bytes" not in row:
+        return f"{head} {row.get('skipped') or row['failed']}"
+    return (
+        f"{head} bytes {row['bytes'] / row['floor_bytes']:6.2f}x flops {row['flops'] / row['floor_flops']:6.2f}x "
+        f"held {row['held_over_logical']:5.2f}x VMEM {row['vmem_bytes'] / 2**20:5.1f} MiB"
+    )
+
+
+def prefer(kernel: dict[str, Any], xla: dict[str, Any]) -> bool:
+    """Whether the kernel is the default: fewer counted bytes than XLA's form, and no more work.
+
+    bytes < 0.99 x XLA's and FLOPs <= 1.05 x XLA's. There is no clock on this road, hence the basis "counted".
+    """
+    if "bytes" not in kernel:
+        return False
+    if "bytes" not in xla:
+        return True
+    return kernel["bytes"] < AHEAD * xla["bytes"] and kernel["flops"] <= FLOPS_ALLOWED * xla["flops"]
+
+
+def tuned_rows(counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a tuned file, one for each op and spec that has both forms among `counted` (of one device kind)."""
+    specs = {(op.name, spec.name): spec for op in OPS for spec in op.specs}
+    by_key = {(row["op"], row["spec"], row["implementation"]): row for row in counted}
+    made = []
+    for (op, name, implementation), kernel in by_key.items():
+        xla = by_key.get((op, name, "xla"))
+        if implementation != KERNEL or xla is None:
+            continue
+        keep = ("bytes", "flops", "skipped", "failed")
+        made.append(
+            {
+                "op": op,
+                "dtype": jnp.dtype(DTYPE).name,
+                "spec": {field: value for field, value in specs[op, name]._asdict().items() if field != "name"},
+                "implementation": KERNEL if prefer(kernel, xla) else "xla",
+                "blocks": None,
+                "why": {
+                    form: {key: row[key] for key in keep if key in row}
+                    for form, row in ((KERNEL, kernel), ("xla", xla))
+                },
+            }
+        )
+    return made
+
+
+def write_tuned(counted: list[dict[str, Any]], root: Path = tuning.ROOT) -> list[Path]:
+    """Writes <op>/tuned/<device kind>.json for every kind among the rows; rows of other ops and specs are kept."""
+    written = []
+    for kind in sorted({row["device_kind"] for row in counted}):
+        made = tuned_rows([row for row in counted if row["device_kind"] == kind])
+        for folder in sorted({row["op"].split(".")[0] for row in made}):
+            path = root / folder / "tuned" / f"{tuning.slug(kind)}.json"
+            _merge(path, kind, "counted", [row for row in made if row["op"].split(".")[0] == folder])
+            written.append(path)
+    tuning.rows.cache_clear()
+    return written
+
+
+def _merge(path: Path, kind: str, basis: str, new: list[dict[str, Any]]) -> None:
+    """One row a line; whole or absent."""
+    key = lambda row: (row["op"], row["dtype"], json.dumps(row["spec"]))  # noqa: E731
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = {key(row): row for row in (*old, *new)}
+    head = {
+        "device_kind": kind,
+        "basis": basis,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    body = ",\n".join("  " + json.dumps(rows[each]) for each in sorted(rows))
+    text = json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
