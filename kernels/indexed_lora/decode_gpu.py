@@ -3,14 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from popax.kernels.indexed_lora.reference_decode import Site
 from popax.kernels.triton import MIN_DOT, Blocks, expand, shrink, sorted_tiles
-
-DecodeSite = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
 def decode(
     x_TxD: jax.Array,
-    sites: tuple[DecodeSite, ...],
+    sites: tuple[Site, ...],
     scale: tuple[jax.Array, ...],
     slot_T: jax.Array,
     rank_S: jax.Array | None = None,
