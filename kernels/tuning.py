@@ -56,13 +56,13 @@ def choose(op: str, device_kind: str, spec: Any, dtype: str) -> Choice | None:
 
 
 def _distance(wanted: dict[str, Any], tuned: dict[str, Any]) -> float:
-    total = 0.0
-    for name, value in wanted.items():
-        if name == "name":
-            continue
-        other = tuned.get(name)
-        if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
-            total += abs(math.log2(max(value, 1) / max(other, 1)))
-        elif (list(value) if isinstance(value, tuple) else value) != other:
-            return math.inf
-    return total
+    return sum(_apart(value, tuned.get(name)) for name, value in wanted.items() if name != "name")
+
+
+def _apart(value: Any, other: Any) -> float:
+    """|log2(ratio)| of two dimensions, the sum of it over two lists of them; infinite for other values that differ."""
+    if isinstance(value, tuple) and isinstance(other, list) and len(value) == len(other):
+        return sum(_apart(*pair) for pair in zip(value, other, strict=True))
+    if isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
+        return abs(math.log2(max(value, 1) / max(other, 1)))
+    return 0.0 if value == other else math.inf

@@ -39,8 +39,7 @@ def _indexed(
     state: Leaves, shared: Leaves, scale: jax.Array, x_BxTxD: jax.Array, y_BxTxF: jax.Array, slot_B: jax.Array
 ) -> jax.Array:
     del shared
-    delta_BxTxF = indexed_lora(x_BxTxD, state["a"], state["b"], scale, slot_B)
-    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF.astype(y_BxTxF.dtype), y_BxTxF)
+    return indexed_lora(x_BxTxD, state["a"], state["b"], scale, slot_B, y_BxTxF)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

@@ -49,6 +49,7 @@ def test_the_nearest_tuned_shape_decides_and_blocks_come_from_an_exact_one(tuned
     assert choose(512 << 9, 16) is None
     assert choose(512, 16, True) is None
     assert choose(512, 16, False, (4, 4)) is None
+    assert choose(512, 16, False, (8,)) == tuning.Choice("pallas_tpu", None)
     assert tuning.choose("double.forward", "TPU v9", Spec("", 512, 16), "bfloat16") is None
     assert tuning.choose("double.backward", "TPU v9", Spec("", 512, 16), "float32") is None
     assert tuning.choose("double.forward", "TPU v8", Spec("", 512, 16), "float32") is None

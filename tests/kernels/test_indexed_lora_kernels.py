@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from popax.kernels.indexed_lora import decode_tpu, grouped_tpu, groups, reference_decode, reference_grouped
+from popax.kernels import target
+from popax.kernels.indexed_lora import (
+    decode_tpu,
+    grouped_tpu,
+    groups,
+    indexed_lora,
+    reference_decode,
+    reference_grouped,
+)
 
 DTYPES = ("float32", "bfloat16")
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "skewed")
@@ -187,3 +195,24 @@ def test_each_row_and_chunk_is_in_exactly_one_unit(popularity, rows, tile):
     assert set(np.asarray(units.tile_U)[: int(units.count[0])]) == set(range(-(-rows // tile)))
     keys = np.asarray(owned.slot_U * chunks + owned.chunk_U)[: int(owned.count[0])]
     np.testing.assert_array_equal(keys, np.sort(keys))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("with_y", [False, True])
+def test_the_accelerators_road_is_the_cpus(lora_math, monkeypatch, tokens, with_y):
+    """Values and gradients; the kernels' own are above, here they leave the shape to XLA."""
+    x, y = lora_math.normal(1, (6, tokens, 24)), lora_math.normal(2, (6, tokens, 10))
+    a, b = lora_math.normal(3, (4, 3, 24)), lora_math.normal(4, (4, 3, 10))
+    slot, g = jnp.asarray([0, -1, 3, 3, 9, 1], jnp.int32), lora_math.normal(5, (6, tokens, 10))
+
+    def value_and_gradients():
+        call = lambda x, a, b, s, y: indexed_lora(x, a, b, s, slot, y if with_y else None)  # noqa: E731
+        out, pullback = jax.vjp(call, x, a, b, jnp.float32(0.5), y)
+        return out, *pullback(g)
+
+    want = value_and_gradients()
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    got = value_and_gradients()
+    for each, true in zip(got, want, strict=True):
+        np.testing.assert_allclose(each, true, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got[0][1], y[1] if with_y else 0.0)

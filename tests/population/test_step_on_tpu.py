@@ -56,13 +56,11 @@ PROGRAM = textwrap.dedent(
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=2).lower(*operands).compile()
     text = compiled.as_text()
-    memory = compiled.memory_analysis()
     print(json.dumps({
         "kernels": collections.Counter(re.findall(r"%(popax_[a-z_]+)[.0-9]* = .*custom-call", text)),
         "collectives": re.findall(
             r"= .* (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)", text),
-        "temporaries": memory.temp_size_in_bytes,
-        "shared": memory.argument_size_in_bytes}))
+        }))
     """
 )
 
@@ -93,8 +91,3 @@ def test_the_kernels_are_inside(report):
 def test_no_collective_crosses_users(report):
     """Invariant 10."""
     assert report["collectives"] == []
-
-
-def test_logits_are_never_whole(report):
-    """A device holds 16 users x 512 tokens: their float32 logits alone would be 5 GB."""
-    assert report["temporaries"] < 16 * 512 * 151936 * 4
