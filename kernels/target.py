@@ -4,6 +4,8 @@ A topology that is not attached is named by `jax.set_mesh(mesh)` around the lowe
 compile for it.
 """
 
+from typing import Any
+
 import jax
 
 # Bytes of vector memory of one core, by device kind (the vendor's figures, as jax's own table has them).
@@ -25,12 +27,17 @@ def _ambient():
     return None if mesh.empty else mesh.abstract_device
 
 
+def _default_device() -> Any:
+    """What `jax.default_device(...)` was given: a device, a platform's name, or None."""
+    return getattr(jax.config, "jax_default_device")  # noqa: B009 - made at run time, unknown to type checkers
+
+
 def platform() -> str:
     """ "tpu", "cuda", "rocm" or "cpu"."""
     device = _ambient()
     if device is not None and getattr(device, "platform", None):
         name = device.platform
-    elif isinstance(default := jax.config.jax_default_device, str):
+    elif isinstance(default := _default_device(), str):
         name = default.split(":")[0]
     else:
         name = default.platform if default is not None else jax.default_backend()
@@ -42,7 +49,7 @@ def device_kind() -> str:
     device = _ambient()
     if device is not None:
         return device.device_kind
-    default = jax.config.jax_default_device
+    default = _default_device()
     if default is None or isinstance(default, str):
         return jax.devices(default.split(":")[0] if default else None)[0].device_kind
     return default.device_kind

@@ -1,6 +1,7 @@
 """What all TPU kernels share: compiler parameters, and block sizes that divide."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -18,7 +19,7 @@ def vmem_budget() -> int:
     return LARGE_BUDGET if target.vmem_bytes() >= LARGE_VMEM else SMALL_BUDGET
 
 
-def compiler_params(semantics: Sequence[str]):
+def compiler_params(semantics: Sequence[Literal["parallel", "arbitrary"]]):
     """semantics: "parallel" or "arbitrary" for each grid axis. The compiler may use a quarter more than the budget."""
     limit = vmem_budget() * 5 // 4
     return pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=limit)

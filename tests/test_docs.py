@@ -13,3 +13,9 @@ def test_the_numbers_are_the_commands_output(tmp_path):
     output = tmp_path / "numbers.md"
     assert main(["report", *reports, "--rows", "0", "--output", str(output)]) == 0
     assert output.read_text() == (BENCHMARKS / "numbers.md").read_text()
+
+
+def test_the_table_of_kernels_is_the_commands_output(tmp_path):
+    output = tmp_path / "kernels.md"
+    assert main(["report", str(BENCHMARKS / "kernels_tpu.json"), "--rows", "60", "--output", str(output)]) == 0
+    assert output.read_text() == (BENCHMARKS / "kernels_tpu.md").read_text()

@@ -1,5 +1,7 @@
 """The op as the rest of popax calls it: groups of tokens, each with the slot of its user."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
@@ -31,4 +33,4 @@ def indexed_lora(
     operands = (x_GxTxD.reshape(-1, d_in), a_SxRxD, b_SxRxF, jnp.broadcast_to(scale, (slots,)), slot_M)
     operands = (*operands, vjp.full_rank(a_SxRxD), y_MxF)
     out_MxF = vjp.decode(*operands) if tokens == 1 else vjp.grouped(groups, *operands)
-    return out_MxF.reshape(groups, tokens, d_out)
+    return cast(jax.Array, out_MxF).reshape(groups, tokens, d_out)

@@ -62,12 +62,13 @@ def count(call: Callable[..., Any], operands: tuple[Any, ...], mesh: Mesh, donat
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), operands)
     with jax.set_mesh(mesh):
         compiled = jax.jit(call, donate_argnums=donated, keep_unused=True).lower(*placed).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None, "the TPU compiler always has an analysis of memory"
     return Counted(
         operand_bytes=nbytes(operands),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        vmem_bytes=_vmem_bytes(compiled.as_text()),
+        vmem_bytes=_vmem_bytes(compiled.as_text() or ""),
         flops=int(cost.get("flops", 0)),
         bytes=int(cost.get("bytes accessed", 0)),
     )
