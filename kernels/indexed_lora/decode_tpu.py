@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels.indexed_lora.reference_decode import Site
+from popax.kernels.rows import nobody, places, search, starts
 from popax.kernels.tpu import LANES, cdiv, compiler_params, divisor_block, vmem_budget
 
 MOST_TOKENS = 1024  # units, tokens and ranks are in scalar memory
@@ -45,19 +46,17 @@ def units(slot_T: jax.Array, rank_S: jax.Array, rank_block: int, most_rank: int)
     """The units of a batch: for each slot in use, one for each `rank_block` rows of its rank."""
     tokens, slots = slot_T.shape[0], rank_S.shape[0]
     groups, chunks = min(tokens, slots), cdiv(most_rank, rank_block)
-    key_T = jnp.where((slot_T < 0) | (slot_T >= slots), slots, slot_T).astype(jnp.int32)
+    key_T = nobody(slot_T, slots)
     order_T = jnp.argsort(key_T, stable=True).astype(jnp.int32)
     ordered_T = key_T[order_T]
-    changes_T = jnp.concatenate([jnp.ones((1,), bool), ordered_T[1:] != ordered_T[:-1]]) & (ordered_T < slots)
-    (first_G,) = jnp.nonzero(changes_T, size=groups, fill_value=tokens)
-    first_G = first_G.astype(jnp.int32)
+    first_G = places(starts(ordered_T) & (ordered_T < slots), groups)
     slot_G = jnp.where(first_G < tokens, ordered_T[jnp.minimum(first_G, tokens - 1)], slots)
-    end_G = jnp.searchsorted(ordered_T, slot_G, side="right").astype(jnp.int32)
+    end_G = search(ordered_T, slot_G, side="right")
     rank_G = jnp.where(slot_G < slots, jnp.minimum(rank_S[jnp.minimum(slot_G, slots - 1)], most_rank), 0)
     chunks_G = (rank_G + rank_block - 1) // rank_block
     ends_G = jnp.cumsum(chunks_G)
     unit_U = jnp.arange(groups * chunks, dtype=jnp.int32)
-    group_U = jnp.minimum(jnp.searchsorted(ends_G, unit_U, side="right"), groups - 1)
+    group_U = jnp.minimum(search(ends_G, unit_U, side="right"), groups - 1)
     chunk_U = unit_U - (ends_G - chunks_G)[group_U]
     return Units(
         ends_G[-1:].astype(jnp.int32),
@@ -97,13 +96,14 @@ def decode(
     steps_in, chunks = d_in // block_in, cdiv(rank, blocks.rank)
     in_specs: list[Any] = [pl.BlockSpec((tokens, block_in), lambda k, *_: (0, jnp.minimum(k, steps_in - 1)))]
     operands, out_specs, out_shapes, scratch = [x_TxD], [], [], [pltpu.VMEM((tokens, block_in), jnp.float32)]
-    begin = steps_in
+    begin, prefetched, aliases = steps_in, len(work) + len(sites), {}
     for (a_SxRxD, b_SxRxF, y_TxF), width, count in zip(sites, widths, steps, strict=True):
         spec = pl.BlockSpec((tokens, width), _site_block(begin, count))
         in_specs += [pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)]
         operands += [a_SxRxD, b_SxRxF]
         if y_TxF is not None:
             in_specs.append(spec)
+            aliases[prefetched + len(operands)] = len(out_specs)
             operands.append(y_TxF)
         out_specs.append(spec)
         dtype = x_TxD.dtype if y_TxF is None else y_TxF.dtype
@@ -120,13 +120,14 @@ def decode(
         pl.pallas_call(
             functools.partial(_kernel, plan=plan),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(work) + len(sites),
+                num_scalar_prefetch=prefetched,
                 grid=(begin,),
                 in_specs=in_specs,
                 out_specs=out_specs,
                 scratch_shapes=[*scratch, pltpu.SemaphoreType.DMA((blocks.depth,))],
             ),
             out_shape=out_shapes,
+            input_output_aliases=aliases,
             compiler_params=compiler_params(("arbitrary",)),
             cost_estimate=_cost(x_TxD, sites),
             name="popax_indexed_lora_decode",

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels.indexed_lora import groups
 from popax.kernels.indexed_lora.groups import Units
+from popax.kernels.rows import nobody, segment_sums
 from popax.kernels.tpu import LANES, cdiv, compiler_params, divisor_block, vmem_budget
 
 
@@ -79,11 +80,11 @@ def backward(
     owned = groups.by_slot(units, cdiv(rank, blocks.rank))
     da_SxRxD = _outer(owned, gb_RxM, x_MxD, scale_S, a_SxRxD, blocks, interpret)
     db_SxRxF = _outer(owned, h_RxM, g_MxF, scale_S, b_SxRxF, blocks, interpret)
-    key_M = groups.nobody(slot_M, slots)
+    key_M = nobody(slot_M, slots)
     live_RxM = jnp.arange(rank)[:, None] < jnp.concatenate([rank_S, jnp.zeros((1,), rank_S.dtype)])[key_M][None, :]
     # Where no unit came by, h holds anything.
     products_RxM = jnp.where(live_RxM, gb_RxM.astype(jnp.float32) * h_RxM.astype(jnp.float32), 0.0)
-    ds_S = jnp.zeros((slots,), jnp.float32).at[key_M].add(jnp.sum(products_RxM, axis=0), mode="drop")
+    ds_S = segment_sums(jnp.sum(products_RxM, axis=0), key_M, slots)
     return dx_MxD, da_SxRxD, db_SxRxF, ds_S.astype(scale_S.dtype)
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from popax.kernels.rows import nobody, places, search, starts
+
 
 class Units(NamedTuple):
     """count[0] units. [first, end) are rows; an empty stretch has no adapter. slot and rank are valid even then."""
@@ -22,11 +24,6 @@ class Units(NamedTuple):
     rank_U: jax.Array
 
 
-def nobody(slot: jax.Array, slots: int) -> jax.Array:
-    """The slot, with `slots` in place of -1 and of everything out of range."""
-    return jnp.where((slot < 0) | (slot >= slots), slots, slot).astype(jnp.int32)
-
-
 def by_tile(slot_M: jax.Array, rank_S: jax.Array, *, tile: int, rank_block: int, chunks: int, most_runs: int) -> Units:
     """Units in the order (tile, chunk, row): every tile has at least one, so that a walk over units writes all tiles.
 
@@ -35,10 +32,9 @@ def by_tile(slot_M: jax.Array, rank_S: jax.Array, *, tile: int, rank_block: int,
     """
     rows, slots = slot_M.shape[0], rank_S.shape[0]
     key_M, place_M = nobody(slot_M, slots), jnp.arange(rows, dtype=jnp.int32)
-    starts_M = jnp.concatenate([jnp.ones((1,), bool), key_M[1:] != key_M[:-1]]) | (place_M % tile == 0)
+    starts_M = starts(key_M) | (place_M % tile == 0)
     runs = min(rows, -(-rows // tile) + most_runs)
-    (first_V,) = jnp.nonzero(starts_M, size=runs, fill_value=rows)
-    first_V = first_V.astype(jnp.int32)
+    first_V = places(starts_M, runs)
     end_V = jnp.concatenate([first_V[1:], jnp.full((1,), rows, jnp.int32)])
     key_V = key_M[jnp.minimum(first_V, rows - 1)]
     slot_V, owned_V = jnp.minimum(key_V, slots - 1), (key_V < slots) & (first_V < rows)
@@ -46,7 +42,7 @@ def by_tile(slot_M: jax.Array, rank_S: jax.Array, *, tile: int, rank_block: int,
     chunks_V = jnp.where(first_V < rows, jnp.maximum((rank_V + rank_block - 1) // rank_block, 1), 0)
     ends_V = jnp.cumsum(chunks_V)
     unit_U = jnp.arange(runs * chunks, dtype=jnp.int32)
-    run_U = jnp.minimum(jnp.searchsorted(ends_V, unit_U, side="right"), runs - 1)
+    run_U = jnp.minimum(search(ends_V, unit_U, side="right"), runs - 1)
     chunk_U = jnp.clip(unit_U - (ends_V - chunks_V)[run_U], 0, chunks - 1).astype(jnp.int32)
     real_U = unit_U < ends_V[-1]
     tile_U = jnp.minimum(first_V[run_U], rows - 1) // tile

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from popax.kernels import dispatch
 from popax.kernels.indexed_lora import ops
+from popax.kernels.indexed_lora.reference_decode import Site
 from popax.kernels.indexed_lora.specs import DecodeSpec, GroupedSpec
 
 
@@ -45,25 +46,33 @@ grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 @jax.custom_vjp
-def decode(x_TxD, a_SxRxD, b_SxRxF, scale_S, slot_T, rank_S, y_TxF) -> jax.Array:
-    """The same for a token or so in each slot; its derivative is the grouped one's."""
-    (tokens, d_in), (slots, rank, d_out) = x_TxD.shape, b_SxRxF.shape
-    spec = DecodeSpec("", tokens, slots, min(tokens, slots), d_in, (d_out,), rank)
-    operands = ((y_TxF,), x_TxD, ((a_SxRxD, b_SxRxF),), (scale_S,), slot_T, rank_S)
+def decode(x_TxD, sites: tuple[Site, ...], scales, slot_T, rank_S) -> tuple[jax.Array, ...]:
+    """The same for a token or so in each slot, at all sites that share x in one launch: `reference_decode.decode`.
+
+    Its derivative is the grouped one's, site by site.
+    """
+    (tokens, d_in), (slots, rank, _) = x_TxD.shape, sites[0][0].shape
+    widths = tuple(b_SxRxF.shape[2] for _, b_SxRxF, _ in sites)
+    spec = DecodeSpec("", tokens, slots, min(tokens, slots), d_in, widths, rank)
+    operands = (tuple(y for *_, y in sites), x_TxD, tuple((a, b) for a, b, _ in sites), scales, slot_T, rank_S)
     op = ops.DECODE
-    (out_TxF,) = dispatch.run(
+    return dispatch.run(
         op.name, op.implementations, spec, *operands, dtype=x_TxD.dtype.name, block_types=op.block_types
     )
-    return out_TxF
 
 
 def _decode_fwd(*operands):
     return decode(*operands), operands
 
 
-def _decode_bwd(operands, g_TxF):
-    tokens = operands[0].shape[0]
-    return jax.vjp(functools.partial(grouped, tokens), *operands)[1](g_TxF)
+def _decode_bwd(operands, cotangents):
+    def site_by_site(x_TxD, sites, scales, slot_T, rank_S):
+        return tuple(
+            grouped(x_TxD.shape[0], x_TxD, a_SxRxD, b_SxRxF, scale_S, slot_T, rank_S, y_TxF)
+            for (a_SxRxD, b_SxRxF, y_TxF), scale_S in zip(sites, scales, strict=True)
+        )
+
+    return jax.vjp(site_by_site, *operands)[1](cotangents)
 
 
 decode.defvjp(_decode_fwd, _decode_bwd)

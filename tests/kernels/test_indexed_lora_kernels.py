@@ -15,8 +15,10 @@ from popax.kernels.indexed_lora import (
     grouped_tpu,
     groups,
     indexed_lora,
+    indexed_lora_sites,
     reference_decode,
     reference_grouped,
+    vjp,
 )
 
 DTYPES = ("float32", "bfloat16")
@@ -216,3 +218,31 @@ def test_the_accelerators_road_is_the_cpus(lora_math, monkeypatch, tokens, with_
     for each, true in zip(got, want, strict=True):
         np.testing.assert_allclose(each, true, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got[0][1], y[1] if with_y else 0.0)
+
+
+def test_sites_that_share_x_are_one_launch(lora_math, monkeypatch):
+    """q, k and v of one rank decode together, one of another rank apart; values and gradients are each site's own."""
+    x, slot = lora_math.normal(1, (6, 1, 24)), jnp.asarray([0, -1, 3, 3, 9, 1], jnp.int32)
+    ranks_and_widths = ((3, 10), (2, 6), (3, 8))
+    sites = tuple(
+        tuple(
+            lora_math.normal(10 * at + index, shape)
+            for index, shape in enumerate(((4, rank, 24), (4, rank, width), (6, 1, width)))
+        )
+        for at, (rank, width) in enumerate(ranks_and_widths)
+    )
+    scales = tuple(jnp.float32(value) for value in (0.5, 2.0, 1.5))
+
+    def loss(x, sites):
+        outputs = indexed_lora_sites(x, sites, scales, slot)
+        return sum(jnp.sum(jnp.sin(output)) for output in outputs), outputs
+
+    want = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, sites)
+    monkeypatch.setattr(target, "platform", lambda: "tpu")
+    launches, decode = [], vjp.decode
+    got = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, sites)
+    monkeypatch.setattr(vjp, "decode", lambda x, sites, *rest: launches.append(len(sites)) or decode(x, sites, *rest))
+    jax.eval_shape(loss, x, sites)
+    assert launches == [2, 1]
+    for each, true in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(each, true, rtol=1e-5, atol=1e-5)
