@@ -43,9 +43,12 @@ class SiteInfo:
 
 
 class SiteFn(Protocol):
-    """y' = fn(site, x, y): x [..., D_in] enters the site, y [..., D_out] leaves it."""
+    """{site: y'} = fn(x, {site: y}): x [..., D_in] enters these sites, y [..., D_out] leaves each.
 
-    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array: ...
+    Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
+    """
+
+    def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]: ...
 
 
 class Adapt(Protocol):
@@ -75,9 +78,9 @@ class NoAdapt:
     def outer(self) -> "NoAdapt":
         return self
 
-    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        del site, x
-        return y
+    def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        del x
+        return ys
 
 
 NO_ADAPT = NoAdapt()

@@ -6,6 +6,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from popax.adapters.base import IndexedSite
 from popax.adapters.cohort import Cohort, scales
 from popax.types import AdapterState
 
@@ -26,13 +27,17 @@ class SiteAdapters:
     dropout_key: jax.Array | None = None
     slot: jax.Array | None = None
 
-    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        if site not in self.state:
-            return y
-        operands = (self.state[site], self.shared.get(site, {}), self.scale[site], x, y)
-        if self.slot is not None:
-            return self.cohort.method.indexed(*operands, self.slot)
-        return self.cohort.method.delta(*operands, lambda features: self._drop(site, features))
+    def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        adapted = [site for site in ys if site in self.state]
+        operands = {site: (self.state[site], self.shared.get(site, {}), self.scale[site]) for site in adapted}
+        if self.slot is not None and adapted:
+            sites = tuple(IndexedSite(*operands[site], ys[site]) for site in adapted)
+            return ys | dict(zip(adapted, self.cohort.method.indexed(sites, x, self.slot), strict=True))
+        delta = self.cohort.method.delta
+        return ys | {site: delta(*operands[site], x, ys[site], self._dropout(site)) for site in adapted}
+
+    def _dropout(self, site: str):
+        return lambda features: self._drop(site, features)
 
     def _drop(self, site: str, x: jax.Array) -> jax.Array:
         rate = self.cohort.config.dropout

@@ -178,6 +178,15 @@ class SiteDims(NamedTuple):
 Leaves = dict[str, jax.Array]
 
 
+class IndexedSite(NamedTuple):
+    """What a method needs at one site for rows of different users: state leaves have a leading slot axis."""
+
+    state: Leaves
+    shared: Leaves
+    scale: jax.Array
+    y_BxTxF: jax.Array
+
+
 class AdapterMethod(NamedTuple):
     """A family of adapters as pure functions of ONE user at ONE layer of ONE site; layers and users are vmapped.
 
@@ -189,8 +198,8 @@ class AdapterMethod(NamedTuple):
     init(key, dims, mask_R, config): one user's start.
     delta(state, shared, scale, x, y, drop): the site's output for this user, in y's dtype; x [..., D], y [..., F];
         drop(x) is the dropout on what enters the adapter.
-    indexed(state, shared, scale, x_BxTxD, y_BxTxF, slot_B): the same for rows of different users: state leaves
-        have a leading slot axis; slot -1 returns y's own bits.
+    indexed(sites, x_BxTxD, slot_B): the same for rows of different users, at sites that share x: an output for each
+        IndexedSite; slot -1 returns y's own bits.
     factors(state, shared): (a_RxD, b_RxF) with delta = scale * x a^T b, for merging, norms and PEFT.
     inits: names AdapterConfig.init may take, mapped to "is the output equal to the base's at the start?".
     linear: is the delta linear in the state (mixing states mixes deltas)?
@@ -202,7 +211,7 @@ class AdapterMethod(NamedTuple):
     shared: Callable[[SiteDims, jax.Array, jax.Array], Leaves]
     init: Callable[[jax.Array, SiteDims, jax.Array, AdapterConfig], Leaves]
     delta: Callable[..., jax.Array]
-    indexed: Callable[..., jax.Array]
+    indexed: Callable[[tuple[IndexedSite, ...], jax.Array, jax.Array], tuple[jax.Array, ...]]
     factors: Callable[[Leaves, Leaves], tuple[jax.Array, jax.Array]]
     inits: dict[str, bool]
     linear: bool

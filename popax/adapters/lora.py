@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from popax.adapters.base import AdapterConfig, AdapterMethod, Leaves, SiteDims
-from popax.kernels.indexed_lora import indexed_lora
+from popax.adapters.base import AdapterConfig, AdapterMethod, IndexedSite, Leaves, SiteDims
+from popax.kernels.indexed_lora import indexed_lora_sites
 from popax.kernels.stacked_lora import lora
 
 
@@ -35,11 +35,9 @@ def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax
     return lora(drop(x), state["a"], state["b"], scale, y)
 
 
-def _indexed(
-    state: Leaves, shared: Leaves, scale: jax.Array, x_BxTxD: jax.Array, y_BxTxF: jax.Array, slot_B: jax.Array
-) -> jax.Array:
-    del shared
-    return indexed_lora(x_BxTxD, state["a"], state["b"], scale, slot_B, y_BxTxF)
+def _indexed(sites: tuple[IndexedSite, ...], x_BxTxD: jax.Array, slot_B: jax.Array) -> tuple[jax.Array, ...]:
+    factors = tuple((site.state["a"], site.state["b"], site.y_BxTxF) for site in sites)
+    return indexed_lora_sites(x_BxTxD, factors, tuple(site.scale for site in sites), slot_B)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

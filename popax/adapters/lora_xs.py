@@ -6,7 +6,7 @@ A user owns the r x r core C of each site and nothing else, and the output is li
 import jax
 import jax.numpy as jnp
 
-from popax.adapters.base import AdapterConfig, AdapterMethod, Leaves, SiteDims
+from popax.adapters.base import AdapterConfig, AdapterMethod, IndexedSite, Leaves, SiteDims
 from popax.kernels.indexed_lora import take_slots
 
 GAUSSIAN_STD = 1e-5  # the paper's start, section 3
@@ -46,13 +46,15 @@ def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax
     return y + _expand(h, shared, scale).astype(y.dtype)
 
 
-def _indexed(
-    state: Leaves, shared: Leaves, scale: jax.Array, x_BxTxD: jax.Array, y_BxTxF: jax.Array, slot_B: jax.Array
-) -> jax.Array:
-    core_BxRxR = take_slots(state["core"], slot_B).astype(x_BxTxD.dtype)
-    h_BxTxR = jnp.einsum("btr,bqr->btq", _shrink(x_BxTxD, shared), core_BxRxR)
-    delta_BxTxF = _expand(h_BxTxR, shared, scale).astype(y_BxTxF.dtype)
-    return jnp.where((slot_B >= 0)[:, None, None], y_BxTxF + delta_BxTxF, y_BxTxF)
+def _indexed(sites: tuple[IndexedSite, ...], x_BxTxD: jax.Array, slot_B: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(_indexed_site(site, x_BxTxD, slot_B) for site in sites)
+
+
+def _indexed_site(site: IndexedSite, x_BxTxD: jax.Array, slot_B: jax.Array) -> jax.Array:
+    core_BxRxR = take_slots(site.state["core"], slot_B).astype(x_BxTxD.dtype)
+    h_BxTxR = jnp.einsum("btr,bqr->btq", _shrink(x_BxTxD, site.shared), core_BxRxR)
+    delta_BxTxF = _expand(h_BxTxR, site.shared, site.scale).astype(site.y_BxTxF.dtype)
+    return jnp.where((slot_B >= 0)[:, None, None], site.y_BxTxF + delta_BxTxF, site.y_BxTxF)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

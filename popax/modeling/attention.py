@@ -11,7 +11,7 @@ from flax import nnx
 
 from popax.modeling.cache import LayerCache
 from popax.modeling.config import ModelConfig
-from popax.modeling.layers import Linear, RMSNorm
+from popax.modeling.layers import Linear, RMSNorm, project
 from popax.modeling.rope import rotate
 from popax.types import SiteFn
 
@@ -119,9 +119,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """(output [B, T, D], the cache with this layer's keys and values written)."""
         config = self.config
-        q_BxTxHxd = _split_heads(self.q_proj(x_BxTxD, site_fn), config.num_heads)
-        k_BxTxKxd = _split_heads(self.k_proj(x_BxTxD, site_fn), config.num_kv_heads)
-        v_BxTxKxd = _split_heads(self.v_proj(x_BxTxD, site_fn), config.num_kv_heads)
+        flat = project(x_BxTxD, site_fn, self.q_proj, self.k_proj, self.v_proj)
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = (_split_heads(*each) for each in zip(flat, heads, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q_BxTxHxd, k_BxTxKxd = self.q_norm(q_BxTxHxd), self.k_norm(k_BxTxKxd)
         q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)

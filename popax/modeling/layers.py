@@ -29,11 +29,20 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_normal(rngs, shape, std, param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype), axes=axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
+    def product(self, x: jax.Array) -> jax.Array:
         y = jnp.einsum("...d,df->...f", x, self.kernel[...].astype(x.dtype))
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
-        return site_fn(self.site, x, y)
+        return y
+
+    def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
+        return project(x, site_fn, self)[0]
+
+
+def project(x: jax.Array, site_fn: SiteFn, *linears: Linear) -> tuple[jax.Array, ...]:
+    """What each linear and its site's adapter make of the x that they share."""
+    ys = site_fn(x, {linear.site: linear.product(x) for linear in linears})
+    return tuple(ys[linear.site] for linear in linears)
 
 
 class RMSNorm(nnx.Module):
@@ -76,8 +85,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear("layers.mlp.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)
 
     def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
-        gate_BxTxF = jax.nn.silu(self.gate_proj(x_BxTxD, site_fn))
-        return self.down_proj(gate_BxTxF * self.up_proj(x_BxTxD, site_fn), site_fn)
+        gate_BxTxF, up_BxTxF = project(x_BxTxD, site_fn, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate_BxTxF) * up_BxTxF, site_fn)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:

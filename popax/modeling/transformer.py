@@ -64,10 +64,8 @@ class Head(Linear):
         shape, options = (config.embed_dim, config.vocab_size), {"param_dtype": config.param_dtype, "rngs": rngs}
         super().__init__("lm_head", shape, ("embed", "vocab"), bias=False, std=0.02, **options)
 
-    def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
-        kernel_DxV = self.kernel[...].astype(x.dtype)
-        y = jnp.einsum("...d,dv->...v", x, kernel_DxV, preferred_element_type=jnp.float32)
-        return site_fn(self.site, x, y)
+    def product(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,dv->...v", x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Context(NamedTuple):

@@ -48,16 +48,16 @@ class Toy:
 
     def _forward(self, weights, adapt, x_BxTxD):
         def layer(h, operands):
-            own, site = operands
+            own, site_fn = operands
             for inner, outer in (("attn.q_proj", "attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
                 inner, outer = f"layers.{inner}", f"layers.{outer}"
-                hidden = jnp.tanh(site(inner, h, h @ own[inner]))
-                h = h + site(outer, hidden, hidden @ own[outer])
+                hidden = jnp.tanh(site_fn(h, {inner: h @ own[inner]})[inner])
+                h = h + site_fn(hidden, {outer: hidden @ own[outer]})[outer]
             return h, None
 
         stacked = {name: weight for name, weight in weights.items() if name != "lm_head"}
         h, _ = jax.lax.scan(layer, x_BxTxD, (stacked, adapt.layers))
-        return adapt.outer("lm_head", h, h @ weights["lm_head"])
+        return adapt.outer(h, {"lm_head": h @ weights["lm_head"]})["lm_head"]
 
     def base(self, x):
         return self.forward(self.weights, NO_ADAPT, x)

@@ -251,7 +251,7 @@ def test_dropout_differs_by_user_layer_and_site(toy, method):
     def outputs(key):
         layers = bind(cohort, adapter, shared, dropout_key=key).layers
         slices = [jax.tree.map(lambda leaf: leaf[layer], layers) for layer in range(3)]  # noqa: B023
-        return [np.asarray(layer(name, x, y)) for layer in slices for name in sites]
+        return [np.asarray(layer(x, {name: y})[name]) for layer in slices for name in sites]
 
     first, again, other_user = (outputs(jax.random.key(seed)) for seed in (0, 0, 1))
     _equal(first, again)

@@ -33,10 +33,13 @@ class Shift:
     def outer(self) -> "Shift":
         return Shift({site: amount for site, amount in self.amounts.items() if not site.startswith("layers.")})
 
-    def __call__(self, site, x, y):
+    def __call__(self, x, ys):
+        assert all(x.shape[:-1] == y.shape[:-1] for y in ys.values())
+        return {site: self._shifted(site, y) for site, y in ys.items()}
+
+    def _shifted(self, site, y):
         if site not in self.amounts:
             return y
-        assert x.shape[:-1] == y.shape[:-1]
         return y + jnp.broadcast_to(self.amounts[site].astype(y.dtype), y.shape)
 
 
