@@ -116,7 +116,7 @@ def _shrink(units: Units, x_MxD, a_SxRxD, blocks: Blocks, interpret) -> jax.Arra
         ),
         out_shape=jax.ShapeDtypeStruct((rank, rows), x_MxD.dtype),
         compiler_params=compiler_params(("arbitrary", "arbitrary")),
-        cost_estimate=_cost(rows, rank, d_in, x_MxD, a_SxRxD),
+        cost_estimate=_cost(units, blocks, rank, d_in, x_MxD, a_SxRxD),
         name="popax_indexed_lora_shrink",
         interpret=interpret,
     )(*units, x_MxD, a_SxRxD)
@@ -161,7 +161,9 @@ def _expand(units: Units, h_RxM, b_SxRxF, scale_S, y_MxF, dtype, blocks: Blocks,
         out_shape=jax.ShapeDtypeStruct((rows, d_out), dtype),
         input_output_aliases={} if y_MxF is None else {len(units) + 3: 0},
         compiler_params=compiler_params(("arbitrary", "arbitrary")),
-        cost_estimate=_cost(rows, rank, d_out, (h_RxM, y_MxF, jax.ShapeDtypeStruct((rows, d_out), dtype)), b_SxRxF),
+        cost_estimate=_cost(
+            units, blocks, rank, d_out, (h_RxM, y_MxF, jax.ShapeDtypeStruct((rows, d_out), dtype)), b_SxRxF
+        ),
         name="popax_indexed_lora_expand",
         interpret=interpret,
     )(*units, scale_S.astype(jnp.float32), *operands)
@@ -189,7 +191,7 @@ def _expand_kernel(*refs, blocks: Blocks, has_y: bool):
 
 
 def _outer(units: Units, h_RxM, x_MxD, scale_S, factor_SxRxD, blocks: Blocks, interpret) -> jax.Array:
-    (rows, d_in), rank = x_MxD.shape, h_RxM.shape[0]
+    d_in, rank = x_MxD.shape[1], h_RxM.shape[0]
     width = divisor_block(d_in, blocks.columns)
     out_spec = pl.BlockSpec(
         (None, blocks.rank, width), lambda k, u, _, tile, slot, chunk, *rest: (slot[u], chunk[u], k)
@@ -211,7 +213,7 @@ def _outer(units: Units, h_RxM, x_MxD, scale_S, factor_SxRxD, blocks: Blocks, in
         # Zeros for the slots that no unit comes by; the kernel does not walk them.
         input_output_aliases={len(units) + 3: 0},
         compiler_params=compiler_params(("arbitrary", "arbitrary")),
-        cost_estimate=_cost(rows, rank, d_in, (h_RxM, x_MxD), factor_SxRxD),
+        cost_estimate=_cost(units, blocks, rank, d_in, (h_RxM, x_MxD), factor_SxRxD),
         name="popax_indexed_lora_outer",
         interpret=interpret,
     )(*units, scale_S.astype(jnp.float32), h_RxM, x_MxD, jnp.zeros(factor_SxRxD.shape, factor_SxRxD.dtype))
@@ -264,10 +266,11 @@ def _dot(left: jax.Array, right: jax.Array, contract) -> jax.Array:
     )
 
 
-def _cost(rows: int, rank: int, columns: int, streamed, factor) -> pl.CostEstimate:
-    """Rows once; adapter rows at most once for every 16 rows or so of a run: never a function of the slots."""
+def _cost(units: Units, blocks: Blocks, rank: int, columns: int, streamed, factor) -> pl.CostEstimate:
+    """Rows once; a chunk of an adapter's rows once for each unit that there may be: never a function of the slots."""
     moved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(streamed))
-    adapters = cdiv(rows, 16) * rank * columns * factor.dtype.itemsize
+    adapters = units.slot_U.shape[0] * blocks.rank * columns * factor.dtype.itemsize
+    rows = max(leaf.shape[0] for leaf in jax.tree.leaves(streamed))
     return pl.CostEstimate(flops=2 * rows * rank * columns, bytes_accessed=moved + adapters, transcendentals=0)
 
 

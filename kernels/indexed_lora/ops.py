@@ -115,8 +115,10 @@ def _grouped_example(operands, slot_at: int):
 def _grouped_cost(spec: GroupedSpec, dtype, *, backward: bool) -> Cost:
     columns, size = spec.d_in + spec.d_out, jnp.dtype(dtype).itemsize
     rows = spec.tokens * (columns + (spec.d_in if backward else spec.d_out)) * size
-    adapters = min(spec.runs, spec.slots) * spec.rank * columns * size * (2 if backward else 1)
-    return Cost(2 * spec.tokens * spec.rank * columns * (2 if backward else 1), rows + adapters)
+    adapters = min(spec.runs, spec.slots) * spec.rank * columns * size
+    # A gradient of the whole pool is a dense result, zeros where a slot has no rows.
+    gradients = spec.slots * spec.rank * columns * size if backward else 0
+    return Cost(2 * spec.tokens * spec.rank * columns * (2 if backward else 1), rows + adapters + gradients)
 
 
 def _bounded(kernel, runs: int):
