@@ -1,5 +1,6 @@
 """The door through which a population's kernel enters a loss that is written for one user."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -7,30 +8,41 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 Arrays = tuple[jax.Array, ...]
+Stacked = Callable[..., Arrays]
 
 
-def door(stacked: Callable[..., Arrays]) -> Callable[..., Arrays]:
+def door(stacked: Stacked, *, everybodys: tuple[int, ...] = (), reference: Stacked | None = None) -> Stacked:
     """The one-user function whose `jax.vmap` is one call of `stacked`, operands and results with the population first.
 
-    Operands without the population axis are everybody's and are broadcast. A vmap over that vmap folds its axis into
-    the population: users of several cohorts, or several settings of one user, are still one call.
+    Operands without the population axis are broadcast, but for those at the places `everybodys`: `stacked` takes these
+    without a population axis, always, and they are never copied. A vmap over that vmap folds its axis into the
+    population: users of several cohorts, or several settings of one user, are still one call. A vmap that does batch
+    one of everybody's is a plain vmap of `reference`, which means the same as `stacked` in XLA and is needed with them.
     """
-    many = folding(stacked)
+    assert reference is not None or not everybodys, "operands that are everybody's need a reference"
+    many = folding(stacked, everybodys=everybodys, reference=reference)
+
+    def alone(call, *operands):
+        lifted = (each if at in everybodys else each[None] for at, each in enumerate(operands))
+        return tuple(output[0] for output in call(*lifted))
 
     @custom_vmap
     def one_user(*operands):
-        return tuple(output[0] for output in stacked(*(operand[None] for operand in operands)))
+        return alone(stacked, *operands)
 
     @one_user.def_vmap
     def population(axis_size, in_batched, *operands):
-        outputs = many(*_all_batched(axis_size, in_batched, operands))
+        if _batches_any(in_batched, everybodys):
+            outputs = _plain_vmap(functools.partial(alone, reference), axis_size, in_batched, operands)
+        else:
+            outputs = many(*_all_batched(axis_size, in_batched, operands, everybodys))
         return outputs, (True,) * len(outputs)
 
     return one_user
 
 
-def folding(stacked: Callable[..., Arrays]) -> Callable[..., Arrays]:
-    """stacked, whose own vmap reshapes [M, N, ...] to [M N, ...] and calls it once."""
+def folding(stacked: Stacked, *, everybodys: tuple[int, ...] = (), reference: Stacked | None = None) -> Stacked:
+    """stacked, whose own vmap reshapes [M, N, ...] to [M N, ...] and calls it once; the options are `door`'s."""
 
     @custom_vmap
     def many(*operands):
@@ -38,16 +50,28 @@ def folding(stacked: Callable[..., Arrays]) -> Callable[..., Arrays]:
 
     @many.def_vmap
     def fold(axis_size, in_batched, *operands):
-        full = _all_batched(axis_size, in_batched, operands)
-        outputs = many(*(operand.reshape(-1, *operand.shape[2:]) for operand in full))
-        outputs = tuple(output.reshape(axis_size, -1, *output.shape[1:]) for output in outputs)
+        if _batches_any(in_batched, everybodys):
+            outputs = tuple(_plain_vmap(reference, axis_size, in_batched, operands))
+            return outputs, (True,) * len(outputs)
+        full = _all_batched(axis_size, in_batched, operands, everybodys)
+        flat = (each if at in everybodys else each.reshape(-1, *each.shape[2:]) for at, each in enumerate(full))
+        outputs = tuple(output.reshape(axis_size, -1, *output.shape[1:]) for output in many(*flat))
         return outputs, (True,) * len(outputs)
 
     return many
 
 
-def _all_batched(axis_size: int, in_batched, operands) -> list[jax.Array]:
+def _batches_any(in_batched, places: tuple[int, ...]) -> bool:
+    return any(in_batched[place] for place in places)
+
+
+def _plain_vmap(call, axis_size: int, in_batched, operands) -> Arrays:
+    in_axes = tuple(0 if batched else None for batched in in_batched)
+    return jax.vmap(call, in_axes=in_axes, axis_size=axis_size)(*operands)
+
+
+def _all_batched(axis_size: int, in_batched, operands, everybodys: tuple[int, ...]) -> list[jax.Array]:
     return [
-        operand if batched else jnp.broadcast_to(operand, (axis_size, *operand.shape))
-        for operand, batched in zip(operands, in_batched, strict=True)
+        operand if batched or at in everybodys else jnp.broadcast_to(operand, (axis_size, *operand.shape))
+        for at, (operand, batched) in enumerate(zip(operands, in_batched, strict=True))
     ]

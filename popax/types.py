@@ -50,6 +50,10 @@ class SiteFn(Protocol):
 
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]: ...
 
+    def acts_on(self, site: str) -> bool:
+        """Whether the site's y may change. Where it does not, the model may do without making y."""
+        ...
+
 
 class Adapt(Protocol):
     """What a model is given beside its weights.
@@ -81,6 +85,10 @@ class NoAdapt:
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
         del x
         return ys
+
+    def acts_on(self, site: str) -> bool:
+        del site
+        return False
 
 
 NO_ADAPT = NoAdapt()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popax.kernels import triton, triton_lora
 from popax.kernels.op import Cost, Op, nbytes
 from popax.kernels.stacked_lora import pallas_gpu, pallas_tpu, reference
 from popax.kernels.stacked_lora.arg_specs import ARG_SPECS, ArgSpec
@@ -69,9 +70,7 @@ def _one_hot(x_NxTxD, a_NxRxD, b_NxRxF, scale_N, y_NxTxF):
 
 def _candidates(spec: ArgSpec, implementation: str) -> tuple:
     if implementation == "pallas_triton":
-        tiles = (1,) if spec.tokens == 1 else (16, 32, 64, 128)
-        shapes = [(tile, block) for tile in tiles for block in (32, 64, 128)]
-        return tuple(pallas_gpu.Blocks(*shape, warps, 3) for shape in shapes for warps in (4, 8))
+        return triton_lora.candidates(spec.tokens, spec.rank)
     tiles = [tile for tile in (128, 256, 512) if spec.tokens % tile == 0] or [spec.tokens]
     widths = [
         (d_in, d_out)
@@ -82,7 +81,7 @@ def _candidates(spec: ArgSpec, implementation: str) -> tuple:
     return tuple(pallas_tpu.Blocks(tile, *width) for tile in tiles for width in widths)
 
 
-_BLOCK_TYPES = {"pallas_tpu": pallas_tpu.Blocks, "pallas_triton": pallas_gpu.Blocks}
+_BLOCK_TYPES = {"pallas_tpu": pallas_tpu.Blocks, "pallas_triton": triton.Blocks}
 
 FORWARD = Op(
     name="stacked_lora.forward",

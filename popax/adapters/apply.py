@@ -36,6 +36,9 @@ class SiteAdapters:
         delta = self.cohort.method.delta
         return ys | {site: delta(*operands[site], x, ys[site], self._dropout(site)) for site in adapted}
 
+    def acts_on(self, site: str) -> bool:
+        return site in self.state
+
     def _dropout(self, site: str):
         return lambda features: self._drop(site, features)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig, AdapterMethod, IndexedSite, Leaves, SiteDims
-from popax.kernels.indexed_lora import take_slots
+from popax.kernels.shared_core import indexed_shared_core, shared_core
 
 GAUSSIAN_STD = 1e-5  # the paper's start, section 3
 
@@ -33,17 +33,8 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
     return {"core": jnp.zeros(shape)}
 
 
-def _shrink(x: jax.Array, shared: Leaves) -> jax.Array:
-    return x @ shared["a"].T.astype(x.dtype)
-
-
-def _expand(h: jax.Array, shared: Leaves, scale: jax.Array) -> jax.Array:
-    return (h * scale.astype(h.dtype)) @ shared["b"].astype(h.dtype)
-
-
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
-    h = jnp.einsum("...r,qr->...q", _shrink(drop(x), shared), state["core"].astype(x.dtype))
-    return y + _expand(h, shared, scale).astype(y.dtype)
+    return shared_core(drop(x), shared["a"], shared["b"], state["core"], scale, y)
 
 
 def _indexed(sites: tuple[IndexedSite, ...], x_BxTxD: jax.Array, slot_B: jax.Array) -> tuple[jax.Array, ...]:
@@ -51,10 +42,8 @@ def _indexed(sites: tuple[IndexedSite, ...], x_BxTxD: jax.Array, slot_B: jax.Arr
 
 
 def _indexed_site(site: IndexedSite, x_BxTxD: jax.Array, slot_B: jax.Array) -> jax.Array:
-    core_BxRxR = take_slots(site.state["core"], slot_B).astype(x_BxTxD.dtype)
-    h_BxTxR = jnp.einsum("btr,bqr->btq", _shrink(x_BxTxD, site.shared), core_BxRxR)
-    delta_BxTxF = _expand(h_BxTxR, site.shared, site.scale).astype(site.y_BxTxF.dtype)
-    return jnp.where((slot_B >= 0)[:, None, None], site.y_BxTxF + delta_BxTxF, site.y_BxTxF)
+    basis = (site.shared["a"], site.shared["b"])
+    return indexed_shared_core(x_BxTxD, *basis, site.state["core"], site.scale, slot_B, site.y_BxTxF)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:

@@ -15,8 +15,8 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
+from popax.modeling.loss import cross_entropy
 from popax.modeling.model import Model
-from popax.objectives.sft import cross_entropy
 from popax.population.optimizer import adamw
 from popax.population.state import PopulationState, hparams, init_population
 from popax.training.compiled import Programs, compile_programs

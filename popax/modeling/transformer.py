@@ -11,6 +11,7 @@ from popax.modeling.attention import Attention
 from popax.modeling.cache import KVCache, LayerCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
+from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.types import SiteFn
 
 
@@ -55,6 +56,13 @@ class Ends(nnx.Module):
 
     def logits(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x, site_fn)
+
+    def target_nats(self, x: jax.Array, targets: jax.Array, site_fn: SiteFn, *, frozen: bool) -> jax.Array:
+        if frozen and self.lm_head is None:
+            return frozen_head_nats(x, targets, self.embed.embedding[...], vocab_first=True)
+        if frozen and self.lm_head is not None and not site_fn.acts_on(self.lm_head.site):
+            return frozen_head_nats(x, targets, self.lm_head.kernel[...], vocab_first=False)
+        return cross_entropy(self.logits(x, site_fn), targets)
 
 
 class Head(Linear):

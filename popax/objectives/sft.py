@@ -8,8 +8,11 @@ from popax.objectives.base import Objective, Sums
 from popax.types import Adapt, Batch, Params
 
 
-def sft(model: Model, *, remat: bool = False) -> Objective:
-    """loss = sum_t w_t (-log p(target_t)) / sum_t w_t; 0 for a batch without supervised targets (an empty slot)."""
+def sft(model: Model, *, remat: bool = False, frozen_base: bool = True) -> Objective:
+    """loss = sum_t w_t (-log p(target_t)) / sum_t w_t; 0 for a batch without supervised targets (an empty slot).
+
+    frozen_base: no gradient with respect to params, which lets the loss do without logits; False to train a base.
+    """
 
     def objective(params: Params, adapt: Adapt, batch: Batch) -> tuple[jax.Array, Sums]:
         x_BxTxD, _ = model.hidden(
@@ -20,8 +23,8 @@ def sft(model: Model, *, remat: bool = False) -> Objective:
             adapt=adapt,
             remat=remat,
         )
-        logits_BxTxV = model.logits(params, x_BxTxD, adapt=adapt)
-        nats_BxT = cross_entropy(logits_BxTxV, batch.targets_BxT) * batch.weights_BxT
+        nats_BxT = model.target_nats(params, x_BxTxD, batch.targets_BxT, adapt, frozen=frozen_base)
+        nats_BxT = nats_BxT * batch.weights_BxT
         sums = Sums(
             nats=jnp.sum(nats_BxT),
             targets=jnp.sum(batch.weights_BxT),
@@ -30,10 +33,3 @@ def sft(model: Model, *, remat: bool = False) -> Objective:
         return sums.nats / jnp.maximum(sums.targets, 1.0), sums
 
     return objective
-
-
-def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in nats, [B, T] float32."""
-    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
-    picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT

@@ -92,7 +92,9 @@ def pretrain(
     saved = _Checkpoints(directory) if directory is not None else None
     if saved is not None:
         state = saved.restore(state)
-    step_fn = jax.jit(functools.partial(_step, sft(model, remat=config.remat), transform), donate_argnums=0)
+    step_fn = jax.jit(
+        functools.partial(_step, sft(model, remat=config.remat, frozen_base=False), transform), donate_argnums=0
+    )
     done = int(state.step)
     hooks.on_start(done)
     previous: tuple[int, jax.Array] | None = None

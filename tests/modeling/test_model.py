@@ -37,6 +37,9 @@ class Shift:
         assert all(x.shape[:-1] == y.shape[:-1] for y in ys.values())
         return {site: self._shifted(site, y) for site, y in ys.items()}
 
+    def acts_on(self, site):
+        return site in self.amounts
+
     def _shifted(self, site, y):
         if site not in self.amounts:
             return y

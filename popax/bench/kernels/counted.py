@@ -1,8 +1,5 @@
 """Every op, spec and implementation through the TPU compiler: rows, and the defaults that follow from them."""
 
-import datetime
-import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,14 +7,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from popax.bench.kernels import aot
-from popax.bench.report import commit, versions
+from popax.bench.kernels import aot, tuned
 from popax.kernels import tuning
 from popax.kernels.op import Op
 from popax.kernels.table import OPS
 
 KERNEL = "pallas_tpu"
 DTYPE = jnp.bfloat16
+# A loop's body is counted once, however often it runs: an op whose XLA form loops has the same unrolled, for counting.
+XLA_FORMS = ("xla_unrolled", "xla")
 # A kernel must be ahead by more than what the two countings may differ by in parts that they share.
 AHEAD = 0.99
 FLOPS_ALLOWED = 1.05
@@ -103,27 +101,17 @@ def prefer(kernel: dict[str, Any], xla: dict[str, Any]) -> bool:
 
 def tuned_rows(counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a tuned file, one for each op and spec that has both forms among `counted` (of one device kind)."""
-    specs = {(op.name, spec.name): spec for op in OPS for spec in op.specs}
+    specs = {(op.name, spec.name): (op, spec) for op in OPS for spec in op.specs}
     by_key = {(row["op"], row["spec"], row["implementation"]): row for row in counted}
     made = []
     for (op, name, implementation), kernel in by_key.items():
-        xla = by_key.get((op, name, "xla"))
+        xla = next((row for form in XLA_FORMS if (row := by_key.get((op, name, form)))), None)
         if implementation != KERNEL or xla is None:
             continue
         keep = ("bytes", "flops", "skipped", "failed")
-        made.append(
-            {
-                "op": op,
-                "dtype": jnp.dtype(DTYPE).name,
-                "spec": {field: value for field, value in specs[op, name]._asdict().items() if field != "name"},
-                "implementation": KERNEL if prefer(kernel, xla) else "xla",
-                "blocks": None,
-                "why": {
-                    form: {key: row[key] for key in keep if key in row}
-                    for form, row in ((KERNEL, kernel), ("xla", xla))
-                },
-            }
-        )
+        forms = ((KERNEL, kernel), ("xla", xla))
+        why = {form: {key: row[key] for key in keep if key in row} for form, row in forms}
+        made.append(tuned.row(*specs[op, name], DTYPE, KERNEL if prefer(kernel, xla) else "xla", None, why))
     return made
 
 
@@ -132,29 +120,5 @@ def write_tuned(counted: list[dict[str, Any]], root: Path = tuning.ROOT) -> list
     written = []
     for kind in sorted({row["device_kind"] for row in counted}):
         made = tuned_rows([row for row in counted if row["device_kind"] == kind])
-        for folder in sorted({row["op"].split(".")[0] for row in made}):
-            path = root / folder / "tuned" / f"{tuning.slug(kind)}.json"
-            _merge(path, kind, "counted", [row for row in made if row["op"].split(".")[0] == folder])
-            written.append(path)
-    tuning.rows.cache_clear()
+        written += tuned.write(kind, "counted", made, root)
     return written
-
-
-def _merge(path: Path, kind: str, basis: str, new: list[dict[str, Any]]) -> None:
-    """One row a line; whole or absent."""
-    key = lambda row: (row["op"], row["dtype"], json.dumps(row["spec"]))  # noqa: E731
-    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {key(row): row for row in (*old, *new)}
-    head = {
-        "device_kind": kind,
-        "basis": basis,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions(),
-    }
-    body = ",\n".join("  " + json.dumps(rows[each]) for each in sorted(rows))
-    text = json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,0 +1,21 @@
+"""Cross-entropy of next tokens: of logits that exist, and of hidden states under a head that is everybody's."""
+
+import jax
+import jax.numpy as jnp
+
+from popax.kernels.cross_entropy import target_nats
+
+
+def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target] in nats, [B, T] float32."""
+    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
+    picked_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BxTxV, axis=-1) - picked_BxT
+
+
+def frozen_head_nats(x: jax.Array, targets: jax.Array, weight: jax.Array, *, vocab_first: bool) -> jax.Array:
+    """The same of logits x w, which never exist as a whole: x [..., D] to [...] float32.
+
+    weight: [V, D] where vocab_first, else [D, V]. A gradient with respect to it raises NotImplementedError.
+    """
+    return target_nats(x, weight, targets, vocab_first=vocab_first)
