@@ -15,7 +15,7 @@ from popax.kernels.indexed_lora import (
     reference_decode,
     reference_grouped,
 )
-from popax.kernels.indexed_lora.specs import DECODE_SPECS, GROUPED_SPECS, DecodeSpec, GroupedSpec
+from popax.kernels.indexed_lora.arg_specs import DECODE_SPECS, GROUPED_SPECS, DecodeSpec, GroupedSpec
 from popax.kernels.op import Cost, Op, nbytes
 
 

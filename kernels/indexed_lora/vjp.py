@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from popax.kernels import dispatch
 from popax.kernels.indexed_lora import ops
+from popax.kernels.indexed_lora.arg_specs import DecodeSpec, GroupedSpec
 from popax.kernels.indexed_lora.reference_decode import Site
-from popax.kernels.indexed_lora.specs import DecodeSpec, GroupedSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,8 +16,8 @@ from popax.bench.kernels.__main__ import _without_topology, configure, main
 from popax.cli.bench_kernels import words
 from popax.errors import ConfigError
 from popax.kernels import target, tuning
+from popax.kernels.indexed_lora.arg_specs import DecodeSpec
 from popax.kernels.indexed_lora.ops import DECODE
-from popax.kernels.indexed_lora.specs import DecodeSpec
 from popax.kernels.op import Cost, Op
 from popax.kernels.stacked_lora.arg_specs import ArgSpec
 from popax.kernels.stacked_lora.ops import BACKWARD, FORWARD

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from popax.kernels import triton
 from popax.kernels.indexed_lora import grouped_gpu
+from popax.kernels.indexed_lora.arg_specs import GroupedSpec
 from popax.kernels.indexed_lora.ops import GROUPED, GROUPED_BACKWARD
-from popax.kernels.indexed_lora.specs import GroupedSpec
 
 DTYPES = ("float32", "bfloat16")
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "skewed")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popax.kernels.indexed_lora import indexed_lora, take_slots
-from popax.kernels.indexed_lora.arg_specs import ARG_SPECS
+from popax.kernels.indexed_lora.arg_specs import DECODE_SPECS, GROUPED_SPECS
 from popax.kernels.stacked_lora import lora
 
 SHAPES = st.tuples(*(st.integers(1, top) for top in (8, 5, 6, 10, 10, 4)))  # G, T, S, D, F, R
@@ -115,13 +115,16 @@ def test_cost_follows_tokens_not_slots():
 
 
 def test_named_specs_trace():
-    for spec in ARG_SPECS:
-        shapes = (
-            (spec.groups, spec.tokens, spec.d_in),
-            (spec.slots, spec.rank, spec.d_in),
-            (spec.slots, spec.rank, spec.d_out),
-            (),
-        )
-        operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        slot = jax.ShapeDtypeStruct((spec.groups,), jnp.int32)
-        assert jax.eval_shape(indexed_lora, *operands, slot).shape == (spec.groups, spec.tokens, spec.d_out)
+    for spec in DECODE_SPECS:
+        for d_out in spec.d_outs:
+            shapes = (spec.slots, spec.rank, spec.d_in), (spec.slots, spec.rank, d_out)
+            assert _traced(spec.tokens, 1, spec.d_in, *shapes) == (spec.tokens, 1, d_out)
+    for spec in GROUPED_SPECS:
+        shapes = (spec.slots, spec.rank, spec.d_in), (spec.slots, spec.rank, spec.d_out)
+        tokens = spec.tokens // spec.runs
+        assert _traced(spec.runs, tokens, spec.d_in, *shapes) == (spec.runs, tokens, spec.d_out)
+
+
+def _traced(groups, tokens, d_in, *factors):
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((groups, tokens, d_in), *factors, ())]
+    return jax.eval_shape(indexed_lora, *operands, jax.ShapeDtypeStruct((groups,), jnp.int32)).shape

@@ -17,7 +17,7 @@ pytestmark = [
     ),
 ]
 # Why a kernel may leave a shape to XLA; any other reason fails.
-REASONS = ("rank 1", "bytes of VMEM")
+REASONS = ("rank 1", "bytes of VMEM", "a matrix gathered for every row", "g would be copied into whole lanes")
 # On the kind with 16 MiB of vector memory the widest backward sums stay with XLA.
 MOST_SKIPPED = 0.12
 
@@ -41,16 +41,22 @@ def test_every_shape_compiles_or_names_its_reason(rows):
 def test_memory_is_the_logical_bytes(rows):
     """No padding of ranks, no gathered copy: arguments + temporaries <= 1.15 x the operands, toys aside."""
     held = {(row["op"], row["spec"]): row["held_over_logical"] for row in rows if "bytes" in row}
-    assert {key: value for key, value in held.items() if value > 1.15} == {}
+    # Toys are 64 columns wide, half of the lanes.
+    assert {key: value for key, value in held.items() if value > 1.15 and "toy" not in key[1]} == {}
 
 
 def test_work_does_not_grow_with_slots(rows):
-    """8 -> 4,096 slots: declared and counted FLOPs of decode and of grouped rows within 5%; bytes too, forward."""
+    """8 -> 4,096 slots: declared and counted FLOPs and bytes of decode and of grouped rows within 5%.
+
+    The pool's own gradient, which JAX wants whole, is what grows in the backward: its bytes are in the floor.
+    """
     for op, name in (
         ("indexed_lora.decode", "qwen3_8b_q_256_in_{distinct}_of_{slots}_r16"),
         ("indexed_lora.grouped", "qwen3_8b_q_proj_8192_over_{slots}_r16"),
+        ("indexed_lora.grouped_backward", "qwen3_8b_q_proj_8192_over_{slots}_r16"),
     ):
         names = [name.format(distinct=min(slots, 256), slots=slots) for slots in (8, 4096)]
         few, many = ({row["spec"]: row for row in rows if row["op"] == op}[each] for each in names)
         assert many["flops"] <= 1.05 * few["flops"]
-        assert many["bytes"] <= 1.05 * few["bytes"]
+        grown = many["floor_bytes"] - few["floor_bytes"] if op.endswith("backward") else 0
+        assert many["bytes"] - grown <= 1.05 * few["bytes"]
