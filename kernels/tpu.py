@@ -1,8 +1,10 @@
-"""What all TPU kernels share: compiler parameters, and block sizes that divide."""
+"""What all TPU kernels share: compiler parameters, block sizes that divide, products and what they take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels import target
@@ -35,3 +37,36 @@ def divisor_block(size: int, most: int, multiple: int = LANES) -> int:
 
 def cdiv(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def dot(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    """The product over the `contract` axes of either side, in float32; exact products where left is float32."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def check_dtypes(*arrays: jax.Array | None) -> None:
+    for array in arrays:
+        if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise NotImplementedError(f"an operand is {array.dtype}; the TPU form takes bfloat16 and float32")
+
+
+def phases(first_steps: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """step -> (block of the first phase, block of the second): each stands still while the other moves."""
+
+    def column(step):
+        return jnp.minimum(step, first_steps - 1), jnp.maximum(step - first_steps, 0)
+
+    return column
+
+
+def two_rows(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Rank 1, along these axes, as rank 2 with zeros, because the compiler has no single-row operands.
+
+    Other ranks as they are. Factors are small beside activations.
+    """
+    if array.shape[axes[0]] != 1:
+        return array
+    return jnp.pad(array, [(0, 1 if axis in axes else 0) for axis in range(array.ndim)])

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels.cross_entropy.reference import finish
-from popax.kernels.tpu import LANES, cdiv, compiler_params, vmem_budget
+from popax.kernels.tpu import LANES, cdiv, compiler_params, dot, vmem_budget
 
 
 class Blocks(NamedTuple):
@@ -112,7 +112,7 @@ def _kernel(target, x, w, nats, *rest, vocab: int, blocks: Blocks, vocab_first: 
             # Beyond the vocabulary the block holds anything, NaN included: replaced, not multiplied by zero.
             entry = step * blocks.vocab + jax.lax.broadcasted_iota(jnp.int32, w_block.shape, head_axis)
             w_block = jnp.where(entry < vocab, w_block, jnp.zeros_like(w_block))
-        logits_txv = _dot(x[...], w_block, ((1,), (1 - head_axis,)))
+        logits_txv = dot(x[...], w_block, ((1,), (1 - head_axis,)))
         if ragged:
             logits_txv = jnp.where(column_txv < vocab, logits_txv, -jnp.inf)
         own_txv = column_txv == target_tx1
@@ -124,7 +124,7 @@ def _kernel(target, x, w, nats, *rest, vocab: int, blocks: Blocks, vocab_first: 
         top[...] = new_top_tx1
         if sums is not None:
             picked, acc_txd = sums
-            acc_txd[...] = acc_txd[...] * rescale_tx1 + _dot(exp_txv.astype(x.dtype), w_block, ((1,), (head_axis,)))
+            acc_txd[...] = acc_txd[...] * rescale_tx1 + dot(exp_txv.astype(x.dtype), w_block, ((1,), (head_axis,)))
             _pick_up(target, target_tx1, w_block, picked, step * blocks.vocab, head_axis)
 
     if vocab % blocks.vocab == 0:
@@ -157,19 +157,12 @@ def _pick_up(target, target_tx1, w_block, picked, first, head_axis: int) -> None
                 column_gxl = first + start + jax.lax.broadcasted_iota(jnp.int32, (group, LANES), 1)
                 one_hot_gxl = (column_gxl == target_tx1[row : row + group]).astype(w_block.dtype)
                 part = jax.lax.slice_in_dim(w_block, start, start + LANES, axis=head_axis)
-                picked[row : row + group] += _dot(one_hot_gxl, part, ((1,), (head_axis,))).astype(picked.dtype)
+                picked[row : row + group] += dot(one_hot_gxl, part, ((1,), (head_axis,))).astype(picked.dtype)
 
 
 def _group(tile: int) -> int:
     """Rows that look for their targets together: no more than one pass of the matrix unit takes anyway."""
     return LANES if tile % LANES == 0 else tile
-
-
-def _dot(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _cost(x_MxD, w, blocks: Blocks, gradient: bool) -> pl.CostEstimate:

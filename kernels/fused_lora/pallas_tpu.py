@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels.fused_lora import reference, tiling
 from popax.kernels.fused_lora.tiling import Blocks, Shape
-from popax.kernels.tpu import cdiv, compiler_params
+from popax.kernels.tpu import cdiv, compiler_params, dot, two_rows
 
 ACTIVATIONS = (jnp.bfloat16, jnp.float32)
 WEIGHTS = (*ACTIVATIONS, jnp.int8, jnp.float8_e4m3fn)
@@ -92,7 +92,7 @@ def _launch(
     """(x W + s (x A^T) B, A x^T). transposed: W is [F, D] in memory, and w_scale is on D, not on F."""
     _check_dtypes(x_NxTxD, w, a_NxRxD, b_NxRxF)
     if a_NxRxD.shape[1] == 1:
-        two = (_two_rows(a_NxRxD), _two_rows(b_NxRxF))
+        two = (two_rows(a_NxRxD, (1,)), two_rows(b_NxRxF, (1,)))
         options = {"transposed": transposed, "blocks": blocks, "name": name, "interpret": interpret}
         out_NxTxF, h_NxRxT = _launch(x_NxTxD, w, *two, scale_N, w_scale, **options)
         return out_NxTxF, h_NxRxT[:, :1]
@@ -181,7 +181,7 @@ def _kernel(scale, x, w, a, b, *rest, plan: _Plan):
     @pl.when(column == 0)
     def _():
         for user in range(users):
-            part_txr = _dot(x[user], a[user].astype(x.dtype), ((1,), (1,)))
+            part_txr = dot(x[user], a[user].astype(x.dtype), ((1,), (1,)))
             if plan.steps == 1:
                 _keep(hidden, h, row * users + user, user, part_txr)
                 continue
@@ -213,7 +213,7 @@ def _kernel(scale, x, w, a, b, *rest, plan: _Plan):
             base_mxf = base_mxf * w_scale[:, at_f]
         for user in range(users):
             scaled_rxt = (hidden[row * users + user] * scale[first_user + user]).astype(x.dtype)
-            delta_txf = _dot(scaled_rxt, b[user, :, at_f].astype(x.dtype), ((0,), (0,)))
+            delta_txf = dot(scaled_rxt, b[user, :, at_f].astype(x.dtype), ((0,), (0,)))
             out[user, :, at_f] = (base_mxf[user * tile : (user + 1) * tile] + delta_txf).astype(out.dtype)
 
     chunks = plan.blocks.d_out // plan.columns
@@ -232,9 +232,9 @@ def _base(x, w, w_scale, at_f, plan: _Plan) -> jax.Array:
         if plan.transposed and w_scale is not None:
             x_mxd = (x_mxd.astype(jnp.float32) * w_scale[:, at_d]).astype(x.dtype)
         if plan.transposed:
-            parts.append(_dot(x_mxd, w[at_f, at_d].astype(x.dtype), ((1,), (1,))))
+            parts.append(dot(x_mxd, w[at_f, at_d].astype(x.dtype), ((1,), (1,))))
         else:
-            parts.append(_dot(x_mxd, w[at_d, at_f].astype(x.dtype), ((1,), (0,))))
+            parts.append(dot(x_mxd, w[at_d, at_f].astype(x.dtype), ((1,), (0,))))
     return functools.reduce(jnp.add, parts)
 
 
@@ -252,18 +252,6 @@ def _keep(hidden, h, place, user: int, h_txr) -> None:
     h_rxt = h_txr.T
     hidden[place] = h_rxt
     h[user] = h_rxt.astype(h.dtype)
-
-
-def _two_rows(factor_Nx1xD: jax.Array) -> jax.Array:
-    """A second row of zeros: the compiler has no single-row operands. Factors are small beside activations."""
-    return jnp.pad(factor_Nx1xD, ((0, 0), (0, 1), (0, 0)))
-
-
-def _dot(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _check_dtypes(x, w, a, b) -> None:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from popax.kernels.indexed_lora import groups
 from popax.kernels.indexed_lora.groups import Units
 from popax.kernels.rows import nobody, segment_sums
-from popax.kernels.tpu import LANES, cdiv, compiler_params, divisor_block, vmem_budget
+from popax.kernels.tpu import LANES, cdiv, check_dtypes, compiler_params, divisor_block, dot, vmem_budget
 
 
 class Blocks(NamedTuple):
@@ -130,7 +130,7 @@ def _shrink_kernel(*refs, blocks: Blocks):
     def _():
         acc_txr[...] = jnp.zeros_like(acc_txr)
 
-    acc_txr[...] += _dot(x[...], a[...].astype(x.dtype), ((1,), (1,)))
+    acc_txr[...] += dot(x[...], a[...].astype(x.dtype), ((1,), (1,)))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -183,7 +183,7 @@ def _expand_kernel(*refs, blocks: Blocks, has_y: bool):
     scaled_rxt = (h[...].astype(jnp.float32) * scale[units.slot_U[unit]]).astype(h.dtype)
     h_rxt = jnp.where(mine_rxt, scaled_rxt, jnp.zeros_like(scaled_rxt))
     b_rxf = jnp.where(live_rxf, b[...], jnp.zeros_like(b)).astype(h.dtype)
-    delta_txf = _dot(h_rxt, b_rxf, ((0,), (0,)))
+    delta_txf = dot(h_rxt, b_rxf, ((0,), (0,)))
     # Only the unit's own rows: a NaN of this slot times another row's zero would be NaN.
     own_txf = _mine(units, unit, blocks, delta_txf.shape, row_axis=0, ranks=False)
     acc_txf[...] = jnp.where(own_txf, acc_txf[...] + delta_txf, acc_txf[...])
@@ -231,7 +231,7 @@ def _outer_kernel(*refs, blocks: Blocks):
     h_rxt = jnp.where(_mine(units, unit, blocks, (blocks.rank, blocks.tile), row_axis=1), h[...], jnp.zeros_like(h))
     own_txd = _mine(units, unit, blocks, x.shape, row_axis=0, ranks=False)
     x_txd = jnp.where(own_txd, x[...], jnp.zeros_like(x)).astype(h.dtype)
-    acc_rxd[...] += _dot(h_rxt, x_txd, ((1,), (0,)))
+    acc_rxd[...] += dot(h_rxt, x_txd, ((1,), (0,)))
     scaled_rxd = acc_rxd[...] * scale[units.slot_U[unit]]
     used = units.end_U[unit] > units.first_U[unit]
     live_rxd = _live(units, unit, blocks, out.shape) & used
@@ -259,13 +259,6 @@ def _live(units: Units, unit, blocks: Blocks, shape) -> jax.Array:
     return rank < units.rank_U[unit]
 
 
-def _dot(left: jax.Array, right: jax.Array, contract) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
 def _cost(units: Units, blocks: Blocks, rank: int, columns: int, streamed, factor) -> pl.CostEstimate:
     """Rows once; a chunk of an adapter's rows once for each unit that there may be: never a function of the slots."""
     moved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(streamed))
@@ -288,8 +281,6 @@ def default_blocks(rows: int, columns: int, rank: int, ranks_differ: bool = Fals
 
 
 def _check(x_MxD, *others) -> None:
-    for array in (x_MxD, *others):
-        if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
-            raise NotImplementedError(f"an operand is {array.dtype}; the TPU form takes bfloat16 and float32")
+    check_dtypes(x_MxD, *others)
     if others[-2].ndim == 3 and others[-2].shape[1] == 1:
         raise NotImplementedError("rank 1: the compiler has no single-row operands")

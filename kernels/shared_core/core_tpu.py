@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from popax.kernels.tpu import LANES, SUBLANES
+from popax.kernels.tpu import LANES, SUBLANES, dot
 
 
 class Form(NamedTuple):
@@ -35,13 +35,6 @@ class Form(NamedTuple):
     gram_shape: tuple[int, ...] = ()
     gram_spec: Any = None
     facts: bool = False
-
-
-def dot(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def _sum_over_tiles(gram, value, tile) -> None:

@@ -15,8 +15,8 @@ from popax.kernels.indexed_lora.slots import take_slots
 from popax.kernels.rows import search
 from popax.kernels.shared_core import core_tpu, reference, walk_tpu
 from popax.kernels.shared_core.core_tpu import Form
-from popax.kernels.shared_core.walk_tpu import Blocks, two_rows
-from popax.kernels.tpu import cdiv
+from popax.kernels.shared_core.walk_tpu import Blocks
+from popax.kernels.tpu import cdiv, two_rows
 
 __all__ = ["Blocks", "backward", "forward", "indexed_backward", "indexed_forward"]
 
@@ -36,7 +36,7 @@ def forward(
 
     Raises NotImplementedError where a dtype is not bfloat16 or float32, or where blocks do not fit VMEM.
     """
-    form = functools.partial(_per_user, two_rows(core_N), scale_N, x_NxTxD.dtype)
+    form = functools.partial(_per_user, two_rows(core_N, _rank_axes(core_N)), scale_N, x_NxTxD.dtype)
     return walk_tpu.forward(x_NxTxD, a_RxD, b_RxF, y_NxTxF, form, blocks, interpret)
 
 
@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dx, dcore, ds), as `reference.backward`; g is read once and x not at all."""
     rank = a_RxD.shape[0]
-    form = functools.partial(_per_user, two_rows(core_N), scale_N, h_NxRxT.dtype)
+    form = functools.partial(_per_user, two_rows(core_N, _rank_axes(core_N)), scale_N, h_NxRxT.dtype)
     dx_NxTxD, gram = walk_tpu.backward(g_NxTxF, h_NxRxT, a_RxD, b_RxF, form, blocks, interpret)
     gram_N = gram[:, :rank, :rank] if core_N.ndim == 3 else gram[:, 0, :rank]
     wide = (...,) + (None,) * (core_N.ndim - 1)
@@ -130,6 +130,10 @@ def indexed_backward(
     return dx_1xMxD[0], dcore_S.astype(core_S.dtype), ds_S.astype(scale_S.dtype)
 
 
+def _rank_axes(core_N: jax.Array) -> tuple[int, ...]:
+    return tuple(range(1, core_N.ndim))
+
+
 def _per_user(core_N, scale_N, dtype, tile: int) -> Form:
     del tile
     if core_N.ndim == 3:
@@ -155,7 +159,7 @@ def _indexed_form(core_S, scale_S, slot_M, rank_S, runs: int, dtype, tile: int, 
     tile_U = jnp.where(real_U, units.tile_U, cdiv(rows, tile))
     begin_P1 = search(tile_U, jnp.arange(cdiv(rows, tile) + 1, dtype=jnp.int32), side="left")
     runs_U = core_tpu.Runs(units.first_U, units.end_U, scale_S.astype(jnp.float32)[units.slot_U], begin_P1)
-    return core_tpu.matrix_per_unit(two_rows(core_UxRxR), runs_U, facts_1x2xM, tile)
+    return core_tpu.matrix_per_unit(two_rows(core_UxRxR, (1, 2)), runs_U, facts_1x2xM, tile)
 
 
 def _by_row(runs: int, rows: int) -> bool:

@@ -15,8 +15,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from popax.kernels.shared_core.core_tpu import Form, dot, padded_bytes
-from popax.kernels.tpu import LANES, cdiv, compiler_params, divisor_block, vmem_budget
+from popax.kernels.shared_core.core_tpu import Form, padded_bytes
+from popax.kernels.tpu import (
+    LANES,
+    cdiv,
+    check_dtypes,
+    compiler_params,
+    divisor_block,
+    dot,
+    phases,
+    two_rows,
+    vmem_budget,
+)
 
 MakeForm = Callable[[int], Form]  # of a tile's rows
 
@@ -34,14 +44,14 @@ def forward(x_NxTxD, a_RxD, b_RxF, y_NxTxF, make_form: MakeForm, blocks: Blocks 
     """(y + the mixed product's expansion, h_NxRxT)."""
     (users, tokens, d_in), (rank, d_out) = x_NxTxD.shape, b_RxF.shape
     dtype = x_NxTxD.dtype if y_NxTxF is None else y_NxTxF.dtype
-    _check_dtypes(x_NxTxD, a_RxD, b_RxF, y_NxTxF)
+    check_dtypes(x_NxTxD, a_RxD, b_RxF, y_NxTxF)
     if rank == 1:
         a_RxD, b_RxF = (two_rows(factor, axes=(0,)) for factor in (a_RxD, b_RxF))
     wide = max(rank, 2)
     sizes = (x_NxTxD.dtype.itemsize, 2 * dtype.itemsize, a_RxD.dtype.itemsize)
     blocks, form = _fit(make_form, tokens, d_in, d_out, wide, sizes, blocks)
     tile, steps_in, steps_out = blocks.tile, cdiv(d_in, blocks.d_in), cdiv(d_out, blocks.d_out)
-    column = _phases(steps_in)
+    column = phases(steps_in)
     out_spec = pl.BlockSpec((None, tile, blocks.d_out), lambda n, t, k: (n, t, column(k)[1]))
     in_specs = [
         *form.specs,
@@ -121,7 +131,7 @@ def backward(g_NxTxF, h_NxRxT, a_RxD, b_RxF, make_form: MakeForm, blocks: Blocks
     if not interpret and d_out % LANES:
         raise NotImplementedError(f"F = {d_out} is no multiple of {LANES}: g would be copied into whole lanes first")
     dtype = h_NxRxT.dtype
-    _check_dtypes(g_NxTxF, h_NxRxT, a_RxD, b_RxF)
+    check_dtypes(g_NxTxF, h_NxRxT, a_RxD, b_RxF)
     if rank == 1:
         a_RxD, b_RxF = (two_rows(factor, axes=(0,)) for factor in (a_RxD, b_RxF))
         h_NxRxT = two_rows(h_NxRxT, axes=(1,))
@@ -129,7 +139,7 @@ def backward(g_NxTxF, h_NxRxT, a_RxD, b_RxF, make_form: MakeForm, blocks: Blocks
     sizes = (dtype.itemsize, g_NxTxF.dtype.itemsize, a_RxD.dtype.itemsize)
     blocks, form = _fit(make_form, tokens, d_in, d_out, wide, sizes, blocks, tile)
     tile, steps_in, steps_out = blocks.tile, cdiv(d_in, blocks.d_in), cdiv(d_out, blocks.d_out)
-    column = _phases(steps_out)
+    column = phases(steps_out)
     h_spec = pl.BlockSpec((None, wide, tile), lambda n, t, k: (n, 0, t))
     operands = [*form.operands, g_NxTxF, h_NxRxT, a_RxD, b_RxF]
     results = (
@@ -212,21 +222,6 @@ def _columns(factor, step, width: int) -> jax.Array:
     return factor[:, pl.ds(pl.multiple_of(step * width, min(width, LANES)), width)]
 
 
-def _phases(first_steps: int):
-    """step -> (block of the first phase, block of the second): each stands still while the other moves."""
-
-    def column(step):
-        return jnp.minimum(step, first_steps - 1), jnp.maximum(step - first_steps, 0)
-
-    return column
-
-
-def _check_dtypes(*arrays: jax.Array | None) -> None:
-    for array in arrays:
-        if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
-            raise NotImplementedError(f"an operand is {array.dtype}; the TPU form takes bfloat16 and float32")
-
-
 def _cost(rows: int, rank: int, columns, form: Form, operands, results, *, products: int) -> pl.CostEstimate:
     """What the launch moves: in its operands a core stands once a user, a run or a row, never once a slot."""
     moved = sum(each.size * each.dtype.itemsize for each in (*operands, *results))
@@ -265,14 +260,3 @@ def _fit(make_form: MakeForm, tokens: int, d_in: int, d_out: int, rank: int, siz
 def tallest_tile(rows: int) -> int:
     """h is written as [R, tile] blocks: a tile covers all rows or is a multiple of the lanes."""
     return min(rows, 512)
-
-
-def two_rows(core: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
-    """Rank 1 as rank 2 with zeros, because the compiler has no single-row operands; other ranks as they are.
-
-    axes: those of the rank, else all but the first.
-    """
-    axes = tuple(range(1, core.ndim)) if axes is None else axes
-    if core.shape[axes[0]] != 1:
-        return core
-    return jnp.pad(core, [(0, 1 if axis in axes else 0) for axis in range(core.ndim)])

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from popax.kernels.tpu import LANES, cdiv, compiler_params, divisor_block, vmem_budget
+from popax.kernels.tpu import (
+    LANES,
+    cdiv,
+    check_dtypes,
+    compiler_params,
+    divisor_block,
+    dot,
+    phases,
+    two_rows,
+    vmem_budget,
+)
 
 
 class Blocks(NamedTuple):
@@ -41,16 +51,22 @@ def forward(
     """
     (users, tokens, d_in), (_, rank, d_out) = x_NxTxD.shape, b_NxRxF.shape
     dtype = x_NxTxD.dtype if y_NxTxF is None else y_NxTxF.dtype
-    _check_dtypes(x_NxTxD, a_NxRxD, b_NxRxF, y_NxTxF)
+    check_dtypes(x_NxTxD, a_NxRxD, b_NxRxF, y_NxTxF)
     if rank == 1:
         out_NxTxF, h_NxRxT = forward(
-            x_NxTxD, _two_rows(a_NxRxD), _two_rows(b_NxRxF), scale_N, y_NxTxF, blocks=blocks, interpret=interpret
+            x_NxTxD,
+            two_rows(a_NxRxD, (1,)),
+            two_rows(b_NxRxF, (1,)),
+            scale_N,
+            y_NxTxF,
+            blocks=blocks,
+            interpret=interpret,
         )
         return out_NxTxF, h_NxRxT[:, :1]
     blocks = blocks or _forward_blocks(tokens, d_in, d_out, rank, x_NxTxD.dtype.itemsize, dtype.itemsize)
     steps_in, steps_out = cdiv(d_in, blocks.d_in), cdiv(d_out, blocks.d_out)
     tile = blocks.tile
-    column = _phases(steps_in)
+    column = phases(steps_in)
     in_specs = [
         pl.BlockSpec(memory_space=pltpu.SMEM),
         pl.BlockSpec((None, tile, blocks.d_in), lambda n, t, k: (n, t, column(k)[0])),
@@ -96,7 +112,7 @@ def _forward_kernel(scale, x, a, b, *rest, steps_in: int, has_y: bool):
 
     @pl.when(step < steps_in)
     def _():
-        acc_txr[...] += _dot(x[...], a[...].astype(x.dtype), ((1,), (1,)))
+        acc_txr[...] += dot(x[...], a[...].astype(x.dtype), ((1,), (1,)))
 
     @pl.when(step == steps_in)
     def _():
@@ -105,7 +121,7 @@ def _forward_kernel(scale, x, a, b, *rest, steps_in: int, has_y: bool):
     @pl.when(step >= steps_in)
     def _():
         scaled_txr = (acc_txr[...] * scale[user]).astype(x.dtype)
-        delta_txf = _dot(scaled_txr, b[...].astype(x.dtype), ((1,), (0,)))
+        delta_txf = dot(scaled_txr, b[...].astype(x.dtype), ((1,), (0,)))
         out[...] = (delta_txf if y is None else y[...].astype(jnp.float32) + delta_txf).astype(out.dtype)
 
 
@@ -126,9 +142,9 @@ def backward(
     not fit, or where a dtype is not bfloat16 or float32.
     """
     (users, tokens, d_in), (_, rank, d_out) = x_NxTxD.shape, b_NxRxF.shape
-    _check_dtypes(g_NxTxF, x_NxTxD, a_NxRxD, b_NxRxF)
+    check_dtypes(g_NxTxF, x_NxTxD, a_NxRxD, b_NxRxF)
     if rank == 1:
-        two = (_two_rows(h_NxRxT), _two_rows(a_NxRxD), _two_rows(b_NxRxF))
+        two = (two_rows(h_NxRxT, (1,)), two_rows(a_NxRxD, (1,)), two_rows(b_NxRxF, (1,)))
         dx_NxTxD, da_NxRxD, db_NxRxF, ds_N = backward(
             g_NxTxF, x_NxTxD, *two, scale_N, blocks=blocks, interpret=interpret
         )
@@ -136,7 +152,7 @@ def backward(
     blocks = blocks or _backward_blocks(tokens, d_in, d_out, rank, g_NxTxF.dtype.itemsize, x_NxTxD.dtype.itemsize)
     steps_out, steps_in = cdiv(d_out, blocks.d_out), cdiv(d_in, blocks.d_in)
     tile, tiles = blocks.tile, cdiv(tokens, blocks.tile)
-    column = _phases(steps_out)
+    column = phases(steps_out)
     x_spec = pl.BlockSpec((None, tile, blocks.d_in), lambda n, t, k: (n, t, column(k)[1]))
     whole_a = pl.BlockSpec((None, rank, d_in), lambda n, t, k: (n, 0, 0))
     whole_b = pl.BlockSpec((None, rank, d_out), lambda n, t, k: (n, 0, 0))
@@ -197,9 +213,9 @@ def _backward_kernel(scale, g, x, h, a, b, dx, da, db, gb, acc_txr, da_acc, db_a
         # Rows beyond the last token hold anything, NaN included: they are replaced, not multiplied by zero.
         g_txf = (_first_rows(g[...], left) if ragged else g[...]).astype(x.dtype)
         h_rxt = _first_columns(h[...], left) if ragged else h[...]
-        acc_txr[...] += _dot(g_txf, b[...].astype(x.dtype), ((1,), (1,)))
+        acc_txr[...] += dot(g_txf, b[...].astype(x.dtype), ((1,), (1,)))
         scaled_rxt = (h_rxt.astype(jnp.float32) * scale[user]).astype(x.dtype)
-        db_acc[step] += _dot(scaled_rxt, g_txf, ((1,), (0,)))
+        db_acc[step] += dot(scaled_rxt, g_txf, ((1,), (0,)))
 
     @pl.when(step == steps_out)
     def _():
@@ -210,8 +226,8 @@ def _backward_kernel(scale, g, x, h, a, b, dx, da, db, gb, acc_txr, da_acc, db_a
         at = step - steps_out
         x_txd = _first_rows(x[...], left) if ragged else x[...]
         dh_txr = (acc_txr[...] * scale[user]).astype(x.dtype)
-        dx[...] = _dot(dh_txr, a[...].astype(x.dtype), ((1,), (0,))).astype(dx.dtype)
-        da_acc[at] += _dot(dh_txr, x_txd, ((0,), (0,)))
+        dx[...] = dot(dh_txr, a[...].astype(x.dtype), ((1,), (0,))).astype(dx.dtype)
+        da_acc[at] += dot(dh_txr, x_txd, ((0,), (0,)))
 
     @pl.when((at_tile == tiles - 1) & (step == pl.num_programs(2) - 1))
     def _():
@@ -225,20 +241,6 @@ def _write_columns(out, acc) -> None:
         out[:, index * block : (index + 1) * block] = acc[index].astype(out.dtype)
 
 
-def _phases(first_steps: int):
-    """step -> (block of the first phase, block of the second): each stands still while the other moves."""
-
-    def column(step):
-        return jnp.minimum(step, first_steps - 1), jnp.maximum(step - first_steps, 0)
-
-    return column
-
-
-def _two_rows(factor_Nx1xD: jax.Array) -> jax.Array:
-    """A second row of zeros: the compiler has no single-row operands. Factors are small beside activations."""
-    return jnp.pad(factor_Nx1xD, ((0, 0), (0, 1), (0, 0)))
-
-
 def _first_rows(block_txc: jax.Array, count: jax.Array) -> jax.Array:
     row_txc = jax.lax.broadcasted_iota(jnp.int32, block_txc.shape, 0)
     return jnp.where(row_txc < count, block_txc, jnp.zeros_like(block_txc))
@@ -247,19 +249,6 @@ def _first_rows(block_txc: jax.Array, count: jax.Array) -> jax.Array:
 def _first_columns(block_rxt: jax.Array, count: jax.Array) -> jax.Array:
     column_rxt = jax.lax.broadcasted_iota(jnp.int32, block_rxt.shape, 1)
     return jnp.where(column_rxt < count, block_rxt, jnp.zeros_like(block_rxt))
-
-
-def _dot(left: jax.Array, right: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        left, right, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _check_dtypes(*arrays: jax.Array | None) -> None:
-    for array in arrays:
-        if array is not None and array.dtype not in (jnp.bfloat16, jnp.float32):
-            raise NotImplementedError(f"an operand is {array.dtype}; the TPU form takes bfloat16 and float32")
 
 
 def _cost(products: int, operands, *results: tuple[int, jnp.dtype]) -> pl.CostEstimate:
