@@ -69,6 +69,7 @@ def _row(topology: str, mesh, op: Op, spec: Any, name: str, call: Callable[..., 
         # Whatever the compiler says is the row's result: a table with a hole and its reason, not half a table.
         return row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
     return row | {
+        "held_bytes": counted.argument_bytes + counted.temporary_bytes,
         "held_over_logical": counted.held_over_logical,
         "vmem_bytes": counted.vmem_bytes,
         "bytes": counted.bytes,
