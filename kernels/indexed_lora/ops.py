@@ -143,45 +143,12 @@ def _grouped_one_hot(x_MxD, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S, y_MxF):
     return _decode_one_hot(x_MxD, ((a_SxRxD, b_SxRxF, y_MxF),), (scale_S,), slot_M, rank_S)
 
 
-def _grouped_by_run(x_MxD, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S, y_MxF):
-    """Factors gathered once a run and not once a row: for runs of equal length, as the specs have them."""
-    del rank_S
-    x_GxTxD, slot_G = x_MxD.reshape(RUNS, -1, x_MxD.shape[1]), slot_M.reshape(RUNS, -1)[:, 0]
-    a_GxRxD, b_GxRxF = a_SxRxD[slot_G], b_SxRxF[slot_G]
-    options = {"preferred_element_type": jnp.float32}
-    h_GxTxR = jnp.einsum("gtd,grd->gtr", x_GxTxD, a_GxRxD, **options)
-    scaled_GxTxR = (h_GxTxR * scale_S[slot_G][:, None, None]).astype(x_MxD.dtype)
-    delta_GxTxF = jnp.einsum("gtr,grf->gtf", scaled_GxTxR, b_GxRxF, **options)
-    h_RxM = h_GxTxR.reshape(x_MxD.shape[0], -1).T.astype(x_MxD.dtype)
-    return y_MxF + delta_GxTxF.reshape(y_MxF.shape).astype(y_MxF.dtype), h_RxM
-
-
-def _grouped_backward_by_run(g_MxF, x_MxD, h_RxM, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S):
-    del rank_S
-    rank, options = h_RxM.shape[0], {"preferred_element_type": jnp.float32}
-    g_GxTxF, x_GxTxD = (rows.reshape(RUNS, -1, rows.shape[1]) for rows in (g_MxF, x_MxD))
-    h_GxTxR, slot_G = h_RxM.T.reshape(RUNS, -1, rank), slot_M.reshape(RUNS, -1)[:, 0]
-    scale_Gx1x1 = scale_S[slot_G][:, None, None]
-    gb_GxTxR = jnp.einsum("gtf,grf->gtr", g_GxTxF, b_SxRxF[slot_G], **options)
-    dh_GxTxR = (gb_GxTxR * scale_Gx1x1).astype(x_MxD.dtype)
-    dx_MxD = jnp.einsum("gtr,grd->gtd", dh_GxTxR, a_SxRxD[slot_G], **options).reshape(x_MxD.shape).astype(x_MxD.dtype)
-    da_GxRxD = jnp.einsum("gtr,gtd->grd", dh_GxTxR, x_GxTxD, **options)
-    db_GxRxF = jnp.einsum("gtr,gtf->grf", h_GxTxR, g_GxTxF, **options) * scale_Gx1x1
-    ds_G = jnp.sum(gb_GxTxR * h_GxTxR.astype(jnp.float32), axis=(1, 2))
-
-    def by_slot(grad_Gx, like_Sx):
-        sums = jnp.zeros(like_Sx.shape, jnp.float32).at[slot_G].add(grad_Gx)
-        return sums.astype(like_Sx.dtype)
-
-    return dx_MxD, by_slot(da_GxRxD, a_SxRxD), by_slot(db_GxRxF, b_SxRxF), by_slot(ds_G, scale_S)
+def _decode_candidates(spec: DecodeSpec, implementation: str) -> tuple:
+    return decode_gpu.candidates(spec.tokens, spec.distinct) if implementation == "pallas_triton" else ()
 
 
 def _grouped_candidates(spec: GroupedSpec, implementation: str) -> tuple:
     return triton_lora.candidates(spec.tokens // spec.runs, spec.rank) if implementation == "pallas_triton" else ()
-
-
-def _decode_candidates(spec: DecodeSpec, implementation: str) -> tuple:
-    return decode_gpu.candidates(spec.tokens, spec.distinct) if implementation == "pallas_triton" else ()
 
 
 RUNS = GROUPED_SPECS[0].runs
@@ -208,11 +175,11 @@ GROUPED = Op(
     operands=_forward_operands,
     example=_grouped_example(_forward_operands, 4),
     implementations={
-        "xla": reference_grouped.forward,
+        "xla": functools.partial(reference_grouped.forward, runs=RUNS),
         "pallas_tpu": _bounded(grouped_tpu.forward, RUNS),
         "pallas_triton": _bounded(grouped_gpu.forward, RUNS),
     },
-    rivals={"by_run": _grouped_by_run, "ragged_dot": _grouped_ragged, "one_hot": _grouped_one_hot},
+    rivals={"ragged_dot": _grouped_ragged, "one_hot": _grouped_one_hot},
     cost=functools.partial(_grouped_cost, backward=False),
     block_types={"pallas_tpu": grouped_tpu.Blocks, "pallas_triton": triton.Blocks},
     blocks=_grouped_candidates,
@@ -224,11 +191,11 @@ GROUPED_BACKWARD = Op(
     operands=_backward_operands,
     example=_grouped_example(_backward_operands, 6),
     implementations={
-        "xla": reference_grouped.backward,
+        "xla": functools.partial(reference_grouped.backward, runs=RUNS),
         "pallas_tpu": _bounded(grouped_tpu.backward, RUNS),
         "pallas_triton": _bounded(grouped_gpu.backward, RUNS),
     },
-    rivals={"by_run": _grouped_backward_by_run},
+    rivals={},
     cost=functools.partial(_grouped_cost, backward=True),
     block_types={"pallas_tpu": grouped_tpu.Blocks, "pallas_triton": triton.Blocks},
     blocks=_grouped_candidates,

@@ -1,9 +1,14 @@
-"""Rows of many slots in plain XLA: gather each row's factors, then batched products. The oracle and the CPU path."""
+"""Rows of many slots in plain XLA: gather factors, then batched products. The oracle and the form where no kernel runs.
+
+The rows are `runs` stretches (G) of equal length (T), each of one slot: factors are gathered once a stretch, so that
+with a stretch a row it is a gather a row.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from popax.kernels.indexed_lora.slots import take_slots
+from popax.kernels.rows import nobody
 
 
 def forward(
@@ -14,16 +19,20 @@ def forward(
     slot_M: jax.Array,
     rank_S: jax.Array,
     y_MxF: jax.Array | None = None,
+    *,
+    runs: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(y_m + s (x_m A[slot_m]^T) B[slot_m], h_RxM): y's bytes where the slot is nobody's (-1 or out of range).
 
     x: [M, D]; rank: int [S], rows beyond it count as absent. The first result is in y's dtype, x's without y.
     """
-    factors = (_factor(a_SxRxD, slot_M, rank_S, x_MxD.dtype), _factor(b_SxRxF, slot_M, rank_S, x_MxD.dtype))
-    h_RxM = _einsum("md,mrd->rm", x_MxD, factors[0])
-    scaled_RxM = (h_RxM * take_slots(scale_S, slot_M)[None].astype(h_RxM.dtype)).astype(x_MxD.dtype)
-    delta_MxF = _einsum("rm,mrf->mf", scaled_RxM, factors[1])
-    h_RxM = h_RxM.astype(x_MxD.dtype)
+    x_GxTxD, slot_G = _stretches(x_MxD, runs), _stretches(slot_M, runs)[:, 0]
+    factors = (_factor(a_SxRxD, slot_G, rank_S, x_MxD.dtype), _factor(b_SxRxF, slot_G, rank_S, x_MxD.dtype))
+    h_GxTxR = _einsum("gtd,grd->gtr", x_GxTxD, factors[0])
+    scaled_GxTxR = (h_GxTxR * _scale(scale_S, slot_G).astype(h_GxTxR.dtype)).astype(x_MxD.dtype)
+    delta_GxTxF = _einsum("gtr,grf->gtf", scaled_GxTxR, factors[1])
+    h_RxM = h_GxTxR.reshape(x_MxD.shape[0], -1).T.astype(x_MxD.dtype)
+    delta_MxF = delta_GxTxF.reshape(x_MxD.shape[0], -1)
     if y_MxF is None:
         return delta_MxF.astype(x_MxD.dtype), h_RxM
     own_M = (slot_M >= 0) & (slot_M < a_SxRxD.shape[0])
@@ -39,33 +48,45 @@ def backward(
     scale_S: jax.Array,
     slot_M: jax.Array,
     rank_S: jax.Array,
+    *,
+    runs: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(dx, dA, dB, ds) for the cotangent g of the first result; y's is g itself. ds: [S]."""
-    dtype, slots = x_MxD.dtype, a_SxRxD.shape[0]
-    a_MxRxD, b_MxRxF = (_factor(factor, slot_M, rank_S, dtype) for factor in (a_SxRxD, b_SxRxF))
-    key_M = jnp.where((slot_M < 0) | (slot_M >= slots), slots, slot_M)
-    live_RxM = jnp.arange(a_SxRxD.shape[1])[:, None] < take_slots(rank_S, slot_M)[None]
-    g_MxF = jnp.where((key_M < slots)[:, None], g_MxF, jnp.zeros((), g_MxF.dtype)).astype(dtype)
-    x_MxD = jnp.where((key_M < slots)[:, None], x_MxD, jnp.zeros((), dtype))
-    h_RxM = jnp.where(live_RxM, h_RxM, jnp.zeros((), dtype))
-    scale_1xM = take_slots(scale_S, slot_M)[None]
-    gb_RxM = _einsum("mf,mrf->rm", g_MxF, b_MxRxF)
-    dh_RxM = (gb_RxM * scale_1xM.astype(gb_RxM.dtype)).astype(dtype)
-    scaled_RxM = (h_RxM.astype(gb_RxM.dtype) * scale_1xM.astype(gb_RxM.dtype)).astype(dtype)
-    dx_MxD = _einsum("rm,mrd->md", dh_RxM, a_MxRxD).astype(dtype)
+    dtype, (slots, rank, _) = x_MxD.dtype, a_SxRxD.shape
+    slot_G = _stretches(slot_M, runs)[:, 0]
+    a_GxRxD, b_GxRxF = (_factor(factor, slot_G, rank_S, dtype) for factor in (a_SxRxD, b_SxRxF))
+    key_G = nobody(slot_G, slots)
+    own_Gx1x1 = (key_G < slots)[:, None, None]
+    live_Gx1xR = (jnp.arange(rank)[None] < take_slots(rank_S, slot_G)[:, None])[:, None]
+    zero = jnp.zeros((), dtype)
+    g_GxTxF = jnp.where(own_Gx1x1, _stretches(g_MxF, runs).astype(dtype), zero)
+    x_GxTxD = jnp.where(own_Gx1x1, _stretches(x_MxD, runs), zero)
+    h_GxTxR = jnp.where(live_Gx1xR, _stretches(h_RxM.T, runs), zero)
+    gb_GxTxR = _einsum("gtf,grf->gtr", g_GxTxF, b_GxRxF)
+    scale_Gx1x1, wide = _scale(scale_S, slot_G).astype(gb_GxTxR.dtype), gb_GxTxR.dtype
+    dh_GxTxR, scaled_GxTxR = (gb_GxTxR * scale_Gx1x1).astype(dtype), (h_GxTxR.astype(wide) * scale_Gx1x1).astype(dtype)
+    dx_MxD = _einsum("gtr,grd->gtd", dh_GxTxR, a_GxRxD).astype(dtype).reshape(x_MxD.shape)
 
-    def by_slot(h_RxM, x_MxD, factor):
-        rows_MxRxD = h_RxM.T[:, :, None].astype(gb_RxM.dtype) * x_MxD[:, None, :].astype(gb_RxM.dtype)
-        return jnp.zeros(factor.shape, gb_RxM.dtype).at[key_M].add(rows_MxRxD, mode="drop").astype(factor.dtype)
+    def by_slot(rows_Gx: jax.Array, like_Sx: jax.Array) -> jax.Array:
+        return jnp.zeros(like_Sx.shape, wide).at[key_G].add(rows_Gx, mode="drop").astype(like_Sx.dtype)
 
-    ds_M = jnp.sum(gb_RxM * h_RxM.astype(gb_RxM.dtype), axis=0)
-    ds_S = jnp.zeros((slots,), gb_RxM.dtype).at[key_M].add(ds_M, mode="drop").astype(scale_S.dtype)
-    return dx_MxD, by_slot(dh_RxM, x_MxD, a_SxRxD), by_slot(scaled_RxM, g_MxF, b_SxRxF), ds_S
+    da_SxRxD = by_slot(_einsum("gtr,gtd->grd", dh_GxTxR, x_GxTxD), a_SxRxD)
+    db_SxRxF = by_slot(_einsum("gtr,gtf->grf", scaled_GxTxR, g_GxTxF), b_SxRxF)
+    ds_S = by_slot(jnp.sum(gb_GxTxR * h_GxTxR.astype(wide), axis=(1, 2)), scale_S)
+    return dx_MxD, da_SxRxD, db_SxRxF, ds_S
 
 
-def _factor(factor_SxRxD, slot_M, rank_S, dtype) -> jax.Array:
-    live_MxR = jnp.arange(factor_SxRxD.shape[1])[None] < take_slots(rank_S, slot_M)[:, None]
-    return jnp.where(live_MxR[..., None], take_slots(factor_SxRxD, slot_M), jnp.zeros((), factor_SxRxD.dtype)).astype(
+def _stretches(rows_M: jax.Array, runs: int | None) -> jax.Array:
+    return rows_M.reshape(rows_M.shape[0] if runs is None else runs, -1, *rows_M.shape[1:])
+
+
+def _scale(scale_S: jax.Array, slot_G: jax.Array) -> jax.Array:
+    return take_slots(scale_S, slot_G)[:, None, None]
+
+
+def _factor(factor_SxRxD, slot_G, rank_S, dtype) -> jax.Array:
+    live_GxR = jnp.arange(factor_SxRxD.shape[1])[None] < take_slots(rank_S, slot_G)[:, None]
+    return jnp.where(live_GxR[..., None], take_slots(factor_SxRxD, slot_G), jnp.zeros((), factor_SxRxD.dtype)).astype(
         dtype
     )
 

@@ -13,7 +13,8 @@ from popax.kernels.indexed_lora.reference_decode import Site
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def grouped(runs: int, x_MxD, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S, y_MxF) -> jax.Array:
-    """y_m + s (x_m A[slot_m]^T) B[slot_m], in y's dtype. runs: a bound on the runs of equal slots among the rows."""
+    """y_m + s (x_m A[slot_m]^T) B[slot_m], in y's dtype. runs: the rows are so many stretches of equal length, each of
+    one slot."""
     return _forward(runs, x_MxD, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S, y_MxF)[0]
 
 
@@ -24,7 +25,7 @@ def _forward(runs, x_MxD, a_SxRxD, b_SxRxF, scale_S, slot_M, rank_S, y_MxF):
 def _run(op, runs, x_MxD, b_SxRxF, operands):
     slots, rank, d_out = b_SxRxF.shape
     implementations = {
-        name: call if name == dispatch.XLA else functools.partial(call, most_runs=runs)
+        name: functools.partial(call, **{"runs" if name == dispatch.XLA else "most_runs": runs})
         for name, call in op.implementations.items()
     }
     spec = GroupedSpec("", x_MxD.shape[0], slots, runs, x_MxD.shape[1], d_out, rank)
