@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from popax.cli.main import main
 
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks"
@@ -15,7 +17,8 @@ def test_the_numbers_are_the_commands_output(tmp_path):
     assert output.read_text() == (BENCHMARKS / "numbers.md").read_text()
 
 
-def test_the_table_of_kernels_is_the_commands_output(tmp_path):
+@pytest.mark.parametrize("name", ["kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_ce_v5e"])
+def test_the_tables_of_kernels_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"
-    assert main(["report", str(BENCHMARKS / "kernels_tpu.json"), "--rows", "60", "--output", str(output)]) == 0
-    assert output.read_text() == (BENCHMARKS / "kernels_tpu.md").read_text()
+    assert main(["report", str(BENCHMARKS / f"{name}.json"), "--rows", "600", "--output", str(output)]) == 0
+    assert output.read_text() == (BENCHMARKS / f"{name}.md").read_text()
