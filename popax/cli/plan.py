@@ -1,6 +1,7 @@
 """`popax plan`: what a step will need on TPUs that are not attached, by the real compiler."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,12 +43,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # This process only asks for shapes; a chip on this machine is somebody else's.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from popax.adapters.cohort import Cohort
     from popax.bench.report import write_report
     from popax.modeling.config import ModelConfig
+    from popax.modeling.model import Model
     from popax.plan.child import compile_apart
     from popax.plan.compiler import Compiled
     from popax.plan.config import PlanConfig, StepName
-    from popax.plan.fit import advice, guess, largest
+    from popax.plan.fit import SCALED, advice, guess, largest
     from popax.plan.picture import draw_memory
     from popax.plan.report import chip_bytes, figures, lines, row
     from popax.plan.search import rank
@@ -68,19 +73,22 @@ def run(args: argparse.Namespace) -> int:
         chosen: dict[str, Any] = {"candidates": len(rows), "best_mesh": rows[0]["mesh"]}
         return _write(args.json, write_report, model, config, chosen, rows)
 
-    steps = [compile_step(config, step) for step in config.steps]
-    found = figures(config, model, steps)
-    print(f"{found['parameters']:,} parameters, {found['parameters_per_user']:,} a user, on {found['chips']} chips")
-    for compiled in steps:
-        print("\n".join(lines(config, compiled)))
+    base = Model(model)
+    print(f"{base.num_params:,} parameters, {Cohort.of(config.adapter, base.sites()).num_params:,} a user")
+    steps, largest_found = [], {}
+    for step in config.steps:
+        compiled = compile_step(config, step)
+        steps.append(compiled)
+        print("\n".join(lines(config, compiled)), flush=True)
         if not compiled.fits:
             print("\n".join(advice(config, model, compiled)))
         if args.largest:
             answer = largest(config, compiled, compile_step)
-            found |= {f"largest_{answer.name}": answer.count}
+            largest_found[f"largest_{answer.name}"] = answer.count
             print(f"  largest that fits: {answer.name}={answer.count}, compiled ({answer.compiles} more compiles)")
         elif compiled.fits:
-            print(f"  largest that fits: about {guess(config, compiled)}, an estimate; --largest compiles it")
+            print(f"  largest that fits: about {SCALED[step]}={guess(config, compiled)}, an estimate; see --largest")
+    found = figures(config, model, steps) | largest_found
     if args.picture:
         held = {compiled.step: chip_bytes(config, compiled) for compiled in steps}
         title = f"{found['parameters'] / 1e9:.1f}B parameters on {config.topology}"

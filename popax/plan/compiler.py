@@ -28,8 +28,8 @@ class Compiled(NamedTuple):
     """One step on one device, in bytes and operations. argument_bytes: by kind, as the device holds them.
 
     fits: whether the compiler accepted it; where it did not, needed_bytes is what it asked for, and there is no program
-    to count in. compile_s, cpu_s, peak_bytes: the compiling process's wall time, its processor time on all cores, and its
-    largest memory.
+    to count in. compile_s, cpu_s, peak_bytes: the compiling process's wall time, its processor time on all cores
+    together, and its largest memory.
     """
 
     step: StepName
@@ -75,7 +75,8 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
                 raise
             return Compiled(
                 step=step, fits=False, needed_bytes=needed, argument_bytes=arguments, temporary_bytes=0,
-                matmul_flops=0, recomputed_flops=0, hbm_bytes=0, collectives=[], compile_s=time.monotonic() - started, cpu_s=time.process_time(),
+                matmul_flops=0, recomputed_flops=0, hbm_bytes=0, collectives=[],
+                compile_s=time.monotonic() - started, cpu_s=time.process_time(),
                 peak_bytes=peak_bytes(), refusal=str(error).splitlines()[0][:300],
             )  # fmt: skip
     seconds, memory = time.monotonic() - started, compiled.memory_analysis()
