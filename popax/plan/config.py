@@ -58,7 +58,7 @@ class PlanConfig:
     users: int = 32
     rows: int = 1
     tokens: int = 512
-    users_over: tuple[str, ...] = ("population", "fsdp")
+    users_over: tuple[str, ...] = ("population", "fsdp", "expert")
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
     optimizer: Optimizer = dataclasses.field(default_factory=adamw)
     remat: bool = True

@@ -16,6 +16,8 @@ FREE = {
     "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "opt-barrier", "domain",
 }  # fmt: skip
 PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
+# Written in place, and the operand that holds what is written.
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 PASSED_ON = {"tuple", "bitcast", "custom-call", *COLLECTIVES}
 VIEWS = ("ConcatBitcast", "AllocateBuffer", "AsyncCollective", "GatherScatterIndicesBitpacked", "AssumeGatherIndices")
 
@@ -102,8 +104,8 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
         return moved.nbytes * ((moved.memory_space == HBM) + (instruction.shapes[0].memory_space == HBM))
     if opcode in PARTIAL_READS:
         return _in_hbm(instruction.shapes) + (instruction.nbytes if _in_hbm(sources[0]) else 0)
-    if opcode == "dynamic-update-slice":
-        return 2 * sources[1][0].nbytes if _in_hbm(instruction.shapes) else 0
+    if opcode in IN_PLACE:
+        return 2 * sources[IN_PLACE[opcode]][0].nbytes if _in_hbm(instruction.shapes) else 0
     return _in_hbm(instruction.shapes) + sum(map(_in_hbm, sources))
 
 
@@ -114,8 +116,9 @@ def _fusion_traffic(fused: Computation, module: Module, sources: list[tuple[Shap
     for result in results:
         if result.opcode in ("parameter", *COLLECTIVES):
             continue
-        if result.opcode == "dynamic-update-slice":
-            written += fused.instructions[result.operands[1]].nbytes if _in_hbm(result.shapes) else 0
+        if result.opcode in IN_PLACE:
+            update = fused.instructions[result.operands[IN_PLACE[result.opcode]]]
+            written += update.nbytes if _in_hbm(result.shapes) else 0
         elif not any(view in result.text for view in VIEWS):
             written += _in_hbm(result.shapes)
     parameters = {int(each.literal): each for each in fused.instructions.values() if each.opcode == "parameter"}
@@ -136,7 +139,7 @@ def _read(fused: Computation, module: Module, parameter: Instruction) -> int:
             continue
         if user.opcode in PARTIAL_READS and places == [0]:
             total += user.nbytes
-        elif user.opcode == "dynamic-update-slice" and places == [0]:
+        elif user.opcode in IN_PLACE and places == [0]:
             continue
         elif user.opcode == "fusion":
             inner = module.computations[called(user)[0]]

@@ -11,7 +11,8 @@ def draw_memory(steps: Mapping[str, Mapping[str, int]], limit_bytes: int, title:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    kinds = list(dict.fromkeys(kind for held in steps.values() for kind in held))
+    visible = limit_bytes / 500
+    kinds = list(dict.fromkeys(kind for held in steps.values() for kind, size in held.items() if size > visible))
     figure, axes = plt.subplots(figsize=(max(4.5, 1.6 * len(steps) + 2.5), 4.5), layout="constrained")
     floor = [0.0] * len(steps)
     for kind in kinds:
@@ -21,6 +22,6 @@ def draw_memory(steps: Mapping[str, Mapping[str, int]], limit_bytes: int, title:
     axes.axhline(limit_bytes / 1e9, color="black", ls="--", lw=1.0, label="limit")
     axes.set_ylabel("GB of HBM a chip")
     axes.set_title(title, fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -44,8 +44,10 @@ def roofline(config: PlanConfig, compiled: Compiled) -> Roofline:
 
 
 def chip_bytes(config: PlanConfig, compiled: Compiled) -> dict[str, int]:
-    """What a chip holds, by kind; all its devices together."""
+    """What a chip holds, by kind; all its devices together. Tiling that adds less than a thousandth is left out."""
     kinds = compiled.argument_bytes | {"temporaries": compiled.temporary_bytes}
+    if kinds.get("padding", 0) < compiled.needed_bytes / 1000:
+        kinds.pop("padding", None)
     return {kind: size * config.slice.chip.devices for kind, size in kinds.items() if size}
 
 

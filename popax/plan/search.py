@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
 from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
@@ -11,7 +13,6 @@ from popax.plan.compiler import Compiled
 from popax.plan.config import MeshShape, PlanConfig, StepName
 from popax.plan.report import needed_per_chip, roofline
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 # Of a chip's memory, which the base's shards may take for a mesh to be worth a compile.
 MOST_BASE = 0.9
 
@@ -36,7 +37,7 @@ class Candidate(NamedTuple):
 def meshes(config: PlanConfig, model: ModelConfig, step: StepName) -> Iterator[MeshShape]:
     """Power-of-two splits of the slice in which the base fits and users, or rows, divide; most replicas first."""
     devices, chip = config.slice.devices, config.slice.chip
-    base_bytes = Model(model).num_params * ITEM_BYTES[model.param_dtype]
+    base_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(Model(model).abstract()))
     most = MOST_BASE * chip.usable_bytes / chip.devices
     fixed = config.mesh_of(step)
     own = devices // (fixed.expert * fixed.context)

@@ -117,7 +117,7 @@ def test_search_ranks_meshes(gin_file, asked, tmp_path, capsys):
     ("params", "message"),
     [
         (["PlanConfig.topology='v5e:2x4'"], "mesh (fsdp 4) has 4 devices, v5e:2x4 has 8"),
-        (["PlanConfig.users=6"], "users=6 does not divide over population x fsdp = 4 devices: take 4"),
+        (["PlanConfig.users=6"], "users=6 does not divide over population x fsdp x expert = 4 devices: take 4"),
         (["PlanConfig.topology='h100:8'"], "GPUs need a GPU"),
         (["MeshShape.fsd=4"], "its keys are population, fsdp, tensor, expert, context"),
     ],

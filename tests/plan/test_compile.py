@@ -47,12 +47,11 @@ def compiled():
 
 def test_what_a_device_holds_is_its_shards(compiled):
     """Half the base (two replicas of two devices each), and a quarter of the users' own."""
-    base = sum(leaf.size * 2 for leaf in Model(MODEL).abstract()["layers"]["mlp"]["up_proj"].values())
     cohort = Cohort.of(CONFIG.adapter, Model(MODEL).sites())
     held = compiled["train"].argument_bytes
     assert held["adapters"] == cohort.num_params * 2 * 8 // 4
     assert 2 <= held["optimizer"] / held["adapters"] < 2.01
-    assert base < held["base"] == pytest.approx(Model(MODEL).num_params * 2 / 2, rel=0.01)
+    assert held["base"] == pytest.approx(Model(MODEL).num_params * 2 / 2, rel=0.01)
     # 256 positions of 4 heads of 64, k and v in bfloat16, for the 4 rows of a replica, on its 2 devices.
     assert compiled["decode"].argument_bytes["cache"] == 3 * 256 * 4 * 64 * 2 * 2 * 4
     for step in STEPS:

@@ -52,7 +52,7 @@ def test_the_product_of_the_axes_is_the_slice():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"users": 6}, "users=6 does not divide over population x fsdp = 4 devices: take 4"),
+        ({"users": 6}, "users=6 does not divide over population x fsdp x expert = 4 devices: take 4"),
         ({"users": 2}, "take 4"),
         ({"slots": 3}, "slots=3 does not divide over population = 2"),
         ({"decode_rows": 5}, "decode_rows=5 does not divide over population = 2"),
@@ -78,7 +78,7 @@ def test_rules_are_the_tables_with_the_plans_changes():
     config = PlanConfig(topology="v5e:2x2", mesh=MeshShape(fsdp=4), rules=(("vocab", ("tensor", "fsdp")),))
     train, serve = (dict(config.sharding_rules(step).rules) for step in ("train", "decode"))
     assert train["vocab"] == ("tensor", "fsdp")
-    assert train["population"] == ("population", "fsdp")
+    assert train["population"] == ("population", "fsdp", "expert")
     assert serve["population"] == "population"
     assert serve["batch"] == ("population",)
     changed = {name for name, axes in DEFAULT_RULES if train[name] != axes}

@@ -116,3 +116,14 @@ ENTRY %main (w: f32[64,64]) -> f32[64,64] {
 }
 """  # noqa: E501
     assert costs.count(parse(text)) == costs.Costs(1234, 0, 99)
+
+
+def test_what_is_written_in_place_is_the_update():
+    """A cache of 9 layers that a step writes one token of: the scatter moves the token, not the cache."""
+
+    def write(cache_LxSxD, new_D):
+        return cache_LxSxD.at[4, 7].set(new_D)
+
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((9, 512, 64), (64,))]
+    text = jax.jit(write, donate_argnums=0).lower(*operands).compile().as_text()
+    assert costs.count(parse(text)).hbm_bytes < 4 * 9 * 512 * 64 / 100
