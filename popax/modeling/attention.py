@@ -31,8 +31,8 @@ def dot_product_attention(
 ) -> jax.Array:
     """softmax(scale q k^T) v over the keys that the mask allows, [B, T, H, features of v] in q's dtype.
 
-    scale: 1/sqrt(d) by default. Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is float32. A query that may
-    see no key gets the mean of all values: finite, and only padding is such a query.
+    scale: 1/sqrt(d) by default. Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is
+    float32. A query that may see no key gets the mean of all values: finite, and only padding is such a query.
     """
     q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd = _heads_first(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd)
     return _heads_last(_attend(q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd, mask_BxTxS, scale))

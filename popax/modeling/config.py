@@ -152,9 +152,8 @@ class ModelConfig:
             object.__setattr__(self, "mla", mla := from_mapping(MLAConfig, self.mla, "mla"))
             if self.head_dim != mla.nope_head_dim + mla.rope_head_dim or self.num_kv_heads != self.num_heads:
                 raise ConfigError(
-                    f"head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}: with mla, head_dim is nope_head_dim + "
-                    f"rope_head_dim = {mla.nope_head_dim + mla.rope_head_dim} and num_kv_heads is num_heads = "
-                    f"{self.num_heads}"
+                    f"head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}: with mla they are nope_head_dim + "
+                    f"rope_head_dim = {mla.nope_head_dim + mla.rope_head_dim} and num_heads = {self.num_heads}"
                 )
             if self.qk_norm:
                 raise ConfigError("qk_norm is of grouped-query attention: with mla the latents are normalised")
@@ -167,7 +166,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back. Without moe and mla where they are None."""
         # A dense model's record, and with it the digest, is what it was before there were others.
-        record = {k: v for k, v in dataclasses.asdict(self).items() if v is not None or k not in ("moe", "mla")}
+        fields = dataclasses.asdict(self).items()
+        record: dict[str, Any] = {key: value for key, value in fields if value is not None or key not in ("moe", "mla")}
         if self.rope_scaling is not None:
             kind = next(name for name, cls in ROPE_SCALINGS.items() if isinstance(self.rope_scaling, cls))
             record["rope_scaling"] = {"rope_type": kind, **record["rope_scaling"]}

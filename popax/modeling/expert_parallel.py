@@ -8,7 +8,7 @@ to test it with, and the gather is the same for one as for many tokens. No axis 
 users who are spread over the mesh never meet.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from popax.modeling.experts import ExpertWeights, experts_backward, experts_forw
 from popax.sharding import ShardingRules
 
 WEIGHT_AXES = ("expert", "embed", "expert_ffw")
+EMBED_AXES = (1, 1, 2)  # where gate, up and down have their embed features
 
 
 class Spread(NamedTuple):
@@ -42,8 +43,8 @@ class Spread(NamedTuple):
     @property
     def weights(self) -> ExpertWeights:
         expert, embed, ffw = (names or None for names in (self.expert, self.embed, self.ffw))
-        wide = PartitionSpec(expert, embed, ffw)
-        return ExpertWeights(wide, wide, PartitionSpec(expert, ffw, embed))
+        specs: list[Any] = [PartitionSpec(expert, embed, ffw)] * 2 + [PartitionSpec(expert, ffw, embed)]
+        return ExpertWeights(*specs)
 
 
 def spread() -> Spread | None:
@@ -144,8 +145,8 @@ def _whole(weights: ExpertWeights, mesh: Spread) -> ExpertWeights:
     """The experts of this device with all of their embed features, which other devices may keep."""
     if not mesh.embed:
         return weights
-    axes = ExpertWeights(1, 1, 2)
-    return jax.tree.map(lambda w, axis: jax.lax.all_gather(w, mesh.embed, axis=axis, tiled=True), weights, axes)
+    parts = zip(weights, EMBED_AXES, strict=True)
+    return ExpertWeights(*(jax.lax.all_gather(w, mesh.embed, axis=axis, tiled=True) for w, axis in parts))
 
 
 def _reduced(dweights: ExpertWeights, mesh: Spread) -> ExpertWeights:
@@ -157,4 +158,4 @@ def _reduced(dweights: ExpertWeights, mesh: Spread) -> ExpertWeights:
         others = tuple(name for name in mesh.outer if name not in mesh.embed)
         return jax.lax.psum(dw, others) if others else dw
 
-    return jax.tree.map(reduce, dweights, ExpertWeights(1, 1, 2))
+    return ExpertWeights(*(reduce(dw, axis) for dw, axis in zip(dweights, EMBED_AXES, strict=True)))

@@ -87,7 +87,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(f"{name}.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)
 
     def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
-        return self.outer(*project(x_BxTxD, site_fn, *self.inner), site_fn)
+        gate_BxTxF, up_BxTxF = project(x_BxTxD, site_fn, *self.inner)
+        return self.outer(gate_BxTxF, up_BxTxF, site_fn)
 
     @property
     def inner(self) -> tuple[Linear, Linear]:

@@ -52,9 +52,12 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
 
     def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
-        sharers = () if self.shared is None else self.shared.inner
-        logits_BxTxE, *inner = project(x_BxTxD, site_fn, self.router, *sharers)
+        shared = () if self.shared is None else self.shared.inner
+        logits_BxTxE, *inner_BxTxF = project(x_BxTxD, site_fn, self.router, *shared)
         expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]))
         x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         y_BxTxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights).reshape(x_BxTxD.shape)
-        return y_BxTxD if self.shared is None else y_BxTxD + self.shared.outer(*inner, site_fn)
+        if self.shared is None:
+            return y_BxTxD
+        gate_BxTxF, up_BxTxF = inner_BxTxF
+        return y_BxTxD + self.shared.outer(gate_BxTxF, up_BxTxF, site_fn)

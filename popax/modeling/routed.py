@@ -98,7 +98,7 @@ def _is_primal(leaf: Any) -> bool:
 def _pull(residuals, dy_MxD):
     (x_MxD, expert_MxK, weight_MxK, weights), trained = residuals
     if isinstance(dy_MxD, SymbolicZero):
-        dy_MxD = jnp.zeros(dy_MxD.shape, dy_MxD.dtype)
+        dy_MxD = jnp.zeros_like(x_MxD)  # y has x's shape and dtype
     if trained is None:
         dx_MxD, dweight_MxK = _backward_frozen(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
         return dx_MxD, None, dweight_MxK, None

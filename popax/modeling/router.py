@@ -49,11 +49,28 @@ def select(scores_MxE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -
         ranked_MxE = ranked_MxE + jax.lax.stop_gradient(bias_E)[None]
     if config.num_groups > 1:
         ranked_MxGxe = ranked_MxE.reshape(ranked_MxE.shape[0], config.num_groups, -1)
-        group_MxG = jnp.sum(jax.lax.top_k(ranked_MxGxe, 2)[0], axis=-1)
-        chosen_Mxg = jax.lax.top_k(group_MxG, config.top_groups)[1]
+        group_MxG = jnp.sum(_largest(ranked_MxGxe, 2)[0], axis=-1)
+        chosen_Mxg = _largest(group_MxG, config.top_groups)[1]
         allowed_MxG = jnp.any(chosen_Mxg[:, :, None] == jnp.arange(config.num_groups)[None, None], axis=1)
         ranked_MxE = jnp.where(allowed_MxG[..., None], ranked_MxGxe, -jnp.inf).reshape(ranked_MxE.shape)
-    return jax.lax.top_k(ranked_MxE, config.experts_per_token)[1].astype(jnp.int32)
+    return _largest(ranked_MxE, config.experts_per_token)[1]
+
+
+def _largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(the `count` largest values of the last axis, their indices int32), the first of equal ones first.
+
+    One reduction after the other: the compiler's partitioner cuts reductions along with the tokens they are over, but
+    gathers all tokens of a mesh on every device for `jax.lax.top_k`.
+    """
+    numbers = jnp.arange(values.shape[-1], dtype=jnp.int32).reshape((1,) * (values.ndim - 1) + (-1,))
+    largest, indices = [], []
+    for _ in range(count):
+        index = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+        largest.append(jnp.max(values, axis=-1, keepdims=True))
+        indices.append(index)
+        # Groups that are not allowed are at -inf too, and never looked at: the config sees to enough that are.
+        values = jnp.where(numbers == index, -jnp.inf, values)
+    return jnp.concatenate(largest, axis=-1), jnp.concatenate(indices, axis=-1)
 
 
 def combination_weights(scores_MxE: jax.Array, expert_MxK: jax.Array, config: MoEConfig) -> jax.Array:

@@ -10,8 +10,8 @@ from flax import nnx
 from popax.modeling.attention import Attention
 from popax.modeling.cache import Cache, LayerCache
 from popax.modeling.config import ModelConfig
-from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.latent_attention import LatentAttention
+from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.moe import MoE
 from popax.modeling.stacks import Stack
 from popax.types import SiteFn
