@@ -65,6 +65,10 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
     started, mesh = time.monotonic(), plan_mesh(config, step)
     built = StepBuilder.of(config, model, mesh).build(step)
     arguments = {kind: device_bytes(tree) for kind, tree in built.operands.items()}
+    alone, limit = sum(arguments.values()), config.slice.chip.usable_bytes // config.slice.chip.devices
+    if alone > limit:
+        reason = f"not compiled: the arguments alone have {alone} bytes on a device, which holds {limit}"
+        return _refused(step, started, arguments, alone, reason)
     with jax.set_mesh(mesh):
         lowered = jax.jit(built.call, donate_argnums=built.donated).lower(*built.operands.values())
         try:
@@ -73,16 +77,11 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
             needed = needed_bytes(str(error))
             if needed is None:
                 raise
-            return Compiled(
-                step=step, fits=False, needed_bytes=needed, argument_bytes=arguments, temporary_bytes=0,
-                matmul_flops=0, recomputed_flops=0, hbm_bytes=0, collectives=[],
-                compile_s=time.monotonic() - started, cpu_s=time.process_time(),
-                peak_bytes=peak_bytes(), refusal=str(error).splitlines()[0][:300],
-            )  # fmt: skip
+            return _refused(step, started, arguments, needed, str(error).splitlines()[0][:300])
     seconds, memory = time.monotonic() - started, compiled.memory_analysis()
     assert memory is not None, "the TPU compiler always has an analysis of memory"
     module = parse(compiled.as_text() or "")
-    counted = costs.count(module)
+    counted = costs.count(module, expected_rows(model, config.mesh_of(step).expert))
     # Results that take the place of donated arguments cost nothing more.
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes + max(0, fresh) + memory.generated_code_size_in_bytes
@@ -101,6 +100,33 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         peak_bytes=peak_bytes(),
         refusal="",
     )
+
+
+def _refused(step: StepName, started: float, arguments: dict[str, int], needed: int, reason: str) -> Compiled:
+    return Compiled(
+        step=step,
+        fits=False,
+        needed_bytes=needed,
+        argument_bytes=arguments,
+        temporary_bytes=max(0, needed - sum(arguments.values())),
+        matmul_flops=0,
+        recomputed_flops=0,
+        hbm_bytes=0,
+        collectives=[],
+        compile_s=time.monotonic() - started,
+        cpu_s=time.process_time(),
+        peak_bytes=peak_bytes(),
+        refusal=reason,
+    )
+
+
+def expected_rows(model: ModelConfig, expert_devices: int) -> float:
+    """Of the rows that a device keeps for its experts, which is room for every token's K copies (or as many as it has
+    experts), the part that an even routing fills: K E_local / E a token."""
+    if model.moe is None:
+        return 1.0
+    chosen, local = model.moe.experts_per_token, model.moe.num_experts / expert_devices
+    return chosen * local / model.moe.num_experts / min(chosen, local)
 
 
 def device_bytes(tree: Any) -> int:

@@ -43,7 +43,8 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """One plan. users, rows, tokens: a train step has users x rows x tokens tokens.
+    """One plan. users, rows, tokens: a train step has users x rows x tokens tokens. mesh: of one device, the default,
+    it becomes the whole slice along fsdp.
 
     users_over: the mesh axes that spread the users. With fsdp among them a device gathers each layer's weights and
     computes its own users; without, devices that share users compute parts of each product. rows_over: the same for
@@ -51,7 +52,7 @@ class PlanConfig:
     use the devices in another shape. rules: (logical axis, mesh axes) pairs that replace popax.sharding's.
     """
 
-    topology: str
+    topology: str = "v5e:2x2"
     mesh: MeshShape = MeshShape()
     serving_mesh: MeshShape | None = None
     steps: tuple[StepName, ...] = STEPS
@@ -74,6 +75,8 @@ class PlanConfig:
         object.__setattr__(self, "steps", (self.steps,) if isinstance(self.steps, str) else tuple(self.steps))
         for name in ("users_over", "rows_over"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.mesh == MeshShape():
+            object.__setattr__(self, "mesh", MeshShape(fsdp=self.slice.devices))
         self._check_numbers()
         self._check_meshes()
         unknown = sorted({name for name, _ in self.rules} - set(dict(DEFAULT_RULES)))

@@ -19,6 +19,8 @@ PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
 # Written in place, and the operand that holds what is written.
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 PASSED_ON = {"tuple", "bitcast", "custom-call", *COLLECTIVES}
+# What the compiler calls the kernel that it makes of `jax.lax.ragged_dot`.
+GROUPED = "ragged-dot"
 VIEWS = ("ConcatBitcast", "AllocateBuffer", "AsyncCollective", "GatherScatterIndicesBitpacked", "AssumeGatherIndices")
 
 
@@ -31,14 +33,16 @@ class Costs(NamedTuple):
     hbm_bytes: int
 
 
-def count(module: Module) -> Costs:
-    """Over one run of the program."""
+def count(module: Module, filled: float = 1.0) -> Costs:
+    """Over one run of the program. filled: the part of a grouped product's rows that its groups are expected to fill;
+    the kernel declares all rows of its operand, which has room for the worst case, and skips those of no group."""
     flops = recomputed = hbm_bytes = 0
     for visit in visits(module):
         computation, instruction = visit.computation, visit.instruction
         if instruction.opcode in ("convolution", "dot", "custom-call"):
             kernel = instruction.opcode == "custom-call"
             own = declared(instruction, "flops") if kernel else product_flops(computation, instruction)
+            own = round(own * filled) if kernel and GROUPED in instruction.name else own
             flops += visit.times * own
             recomputed += visit.times * own * ("rematted_computation" in instruction.text)
         if not visit.fused:

@@ -81,6 +81,8 @@ def advice(config: PlanConfig, model: ModelConfig, compiled: Compiled) -> Iterat
     base, name = kinds.get("base", 0), SCALED[compiled.step]
     count, mesh = getattr(config, name), config.mesh_of(compiled.step)
     yield f"{compiled.step}: {(needed - limit) / GB:.2f} GB too much a chip. Each of these alone:"
+    if base > limit:
+        yield f"  no step fits without the base: at least {-(-base * config.slice.chips // limit)} chips for it alone"
     yield f"  twice the fsdp ({mesh.fsdp * 2}, on twice the chips or at half the population): {-base / 2 / GB:+.2f} GB"
     if model.param_dtype == "bfloat16":
         yield f"  an int8 base (weight-only): about {-base / 2 / GB:+.2f} GB"

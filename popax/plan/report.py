@@ -118,6 +118,8 @@ def lines(config: PlanConfig, compiled: Compiled) -> Iterator[str]:
         yield f"    {kind:15s} {size / GB:10.3f} GB"
     if compiled.fits:
         yield from _work_lines(config, compiled)
+    else:
+        yield f"  {compiled.refusal}"
     yield (
         f"  compiled in {compiled.compile_s:.0f} s ({compiled.cpu_s:.0f} s of processor time), "
         f"{compiled.peak_bytes / GB:.2f} GB at most"

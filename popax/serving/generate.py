@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from popax.errors import DataError
-from popax.modeling.cache import KVCache, init_cache
+from popax.modeling.cache import Cache, init_cache
 from popax.modeling.model import Model
 from popax.serving.sampling import Sampling, sample
 from popax.types import NO_ADAPT, Adapt, Params
@@ -97,7 +97,7 @@ def _generate(model, sampling, steps, end_id, params, adapt, tokens_BxT, positio
     cache = init_cache(model.config, batch, width + steps)
     length_B = jnp.max(positions_BxT, axis=1) + 1
 
-    def body(carry: tuple[jax.Array, KVCache | None], step: jax.Array):
+    def body(carry: tuple[jax.Array, Cache | None], step: jax.Array):
         token_B, cache = carry
         following_B, cache = decode(
             model, sampling, end_id, params, adapt, token_B, length_B + step, cache, keys_B, step + 1
@@ -116,9 +116,9 @@ def prefill(
     adapt: Adapt,
     tokens_BxT: jax.Array,
     positions_BxT: jax.Array,
-    cache: KVCache | None,
+    cache: Cache | None,
     keys_B: jax.Array,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """(each row's first new token int32 [B], the cache with its prompt). positions_BxT: -1 after the prompt's end."""
     x_BxTxD, cache = model.hidden(params, tokens_BxT, positions_BxT=positions_BxT, cache=cache, adapt=adapt)
     last_B = jnp.max(positions_BxT, axis=1)
@@ -134,10 +134,10 @@ def decode(
     adapt: Adapt,
     token_B: jax.Array,
     position_B: jax.Array,
-    cache: KVCache | None,
+    cache: Cache | None,
     keys_B: jax.Array,
     step: jax.Array,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Cache | None]:
     """(the token that follows token_B at position_B, the cache with it). step: how many new tokens each row has."""
     x_Bx1xD, cache = model.hidden(params, token_B[:, None], positions_BxT=position_B[:, None], cache=cache, adapt=adapt)
     chosen_B = _choose(model, sampling, params, adapt, keys_B, step, x_Bx1xD[:, 0])

@@ -101,6 +101,13 @@ def test_a_step_that_is_too_large_is_a_result():
     assert "memory" in result.refusal.lower()
 
 
+def test_arguments_that_are_too_large_are_not_compiled():
+    model = dataclasses.replace(MODEL, num_layers=10000)
+    result = compile_apart(dataclasses.replace(CONFIG, steps=("train",)), model, "train")
+    assert not result.fits
+    assert result.refusal.startswith("not compiled: the arguments alone")
+
+
 def test_shards_that_do_not_divide_are_a_named_error():
     config = dataclasses.replace(CONFIG, mesh=MeshShape(tensor=4), users=8, steps=("train",))
     with pytest.raises(ConfigError, match="does not divide over the mesh"):

@@ -69,6 +69,10 @@ def test_numbers_that_do_not_fit(fields, message):
         PlanConfig(topology="v5e:2x2", mesh=MeshShape(population=2, fsdp=2), **fields)
 
 
+def test_without_a_mesh_the_slice_is_one_fsdp_axis():
+    assert PlanConfig(topology="v5e:4x4").mesh == MeshShape(fsdp=16)
+
+
 def test_only_the_planned_steps_are_checked():
     PlanConfig(topology="v5e:2x2", mesh=MeshShape(fsdp=4), steps=("decode",), users=3)
     PlanConfig(topology="v5e:2x2", mesh=MeshShape(population=4), steps=("train",), slots=3)

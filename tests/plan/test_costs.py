@@ -116,6 +116,8 @@ ENTRY %main (w: f32[64,64]) -> f32[64,64] {
 }
 """  # noqa: E501
     assert costs.count(parse(text)) == costs.Costs(1234, 0, 99)
+    grouped = text.replace("%k =", "%ragged-dot-none.1 =")
+    assert costs.count(parse(grouped), filled=0.5) == costs.Costs(617, 0, 99)
 
 
 def test_what_is_written_in_place_is_the_update():

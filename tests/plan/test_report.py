@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.plan import compiler, fit, report, search
 from popax.plan.collectives import Collective
@@ -117,6 +118,12 @@ def test_advice_names_numbers():
     assert "bfloat16" in said
 
 
+def test_a_base_that_is_too_large_says_how_many_chips_hold_it():
+    """4 chips with 32 GiB of base each: 128 / 15.75 = 8.1."""
+    large = result(fits=False, needed_bytes=33 * GIB, argument_bytes={"base": 32 * GIB})
+    assert "at least 9 chips" in "\n".join(fit.advice(CONFIG, MODEL, large))
+
+
 def test_meshes_keep_the_base_in_memory_and_the_users_whole():
     # 33 GB of parameters in bfloat16: more than two chips of 16.9 GB hold, less than four do.
     model = dataclasses.replace(MODEL, vocab_size=1 << 20, embed_dim=8192, num_heads=64, head_dim=128)
@@ -141,3 +148,13 @@ def test_meshes_keep_the_base_in_memory_and_the_users_whole():
 )  # fmt: skip
 def test_what_a_refusal_says(message, needed):
     assert compiler.needed_bytes(message) == needed
+
+
+def test_rows_that_an_even_routing_fills():
+    """8 of 384 experts: a device with 24 keeps 8 rows a token and fills half a one; one with 3 keeps 3 for 1/16."""
+    moe = MoEConfig(num_experts=384, experts_per_token=8, expert_ffw_dim=16)
+    model = dataclasses.replace(MODEL, moe=moe)
+    assert compiler.expected_rows(model, 1) == 1.0
+    assert compiler.expected_rows(model, 16) == pytest.approx(0.5 / 8)
+    assert compiler.expected_rows(model, 128) == pytest.approx(8 * 3 / 384 / 3)
+    assert compiler.expected_rows(MODEL, 16) == 1.0
