@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"  largest that fits: {answer.name}={answer.count}, compiled ({answer.compiles} more compiles)")
         elif compiled.fits:
             print(f"  largest that fits: about {SCALED[step]}={guess(config, compiled)}, an estimate; see --largest")
-    found = figures(config, model, steps) | largest_found
+    named = {"run": Path(args.gin_file[-1]).stem} if args.gin_file else {}
+    found: dict[str, Any] = named | figures(config, model, steps) | largest_found
     if args.picture:
         held = {compiled.step: chip_bytes(config, compiled) for compiled in steps}
         title = f"{found['parameters'] / 1e9:.1f}B parameters on {config.topology}"

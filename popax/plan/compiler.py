@@ -70,7 +70,8 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         reason = f"not compiled: the arguments alone have {alone} bytes on a device, which holds {limit}"
         return _refused(step, started, arguments, alone, reason)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(built.call, donate_argnums=built.donated).lower(*built.operands.values())
+        jitted = jax.jit(built.call, donate_argnums=built.donated, out_shardings=built.results)
+        lowered = jitted.lower(*built.operands.values())
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -65,6 +65,7 @@ def figures(config: PlanConfig, model: ModelConfig, steps: Sequence[Compiled]) -
     """The report's figures: of the step that needs most, where they are of one step."""
     base = Model(model)
     return {
+        "topology": config.topology,
         "parameters": base.num_params,
         "parameters_per_user": Cohort.of(config.adapter, base.sites()).num_params,
         "chips": config.slice.chips,

@@ -28,11 +28,15 @@ NO_END = -1
 
 
 class AbstractStep(NamedTuple):
-    """call(*operands.values()) under jax.jit: operands by kind, trees of jax.ShapeDtypeStruct with shardings."""
+    """call(*operands.values()) under jax.jit: operands by kind, trees of jax.ShapeDtypeStruct with shardings.
+
+    results: shardings of what call returns, None where it may lie anywhere; what the next call takes lies as it did.
+    """
 
     call: Callable[..., Any]
     operands: dict[str, Any]
     donated: tuple[int, ...]
+    results: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +83,7 @@ class StepBuilder:
             "optimizer": rest,
             "batch": batch,
         }
-        return AbstractStep(call, operands, donated=(2, 3))
+        return AbstractStep(call, operands, donated=(2, 3), results=(_shardings(state), None))
 
     def _serve(self, step: StepName) -> AbstractStep:
         """Each replica serves its rows from its own slots: the population axis is cut by hand, the others by XLA."""
@@ -111,7 +115,7 @@ class StepBuilder:
             "batch": requests,
         }
         if self.mesh.shape["population"] == 1:
-            return AbstractStep(one_replica, operands, donated=(3,))
+            return AbstractStep(one_replica, operands, donated=(3,), results=(None, _shardings(cache)))
         by_hand = functools.partial(jax.tree.map, lambda spec: _only(spec, "population"))
         own = PartitionSpec("population")
         call = jax.shard_map(
@@ -122,7 +126,7 @@ class StepBuilder:
             axis_names={"population"},
             check_vma=False,
         )
-        return AbstractStep(call, operands, donated=(3,))
+        return AbstractStep(call, operands, donated=(3,), results=(None, _shardings(cache)))
 
     def _base(self, rules: ShardingRules) -> Any:
         return _placed(self.model.abstract(), self.model.shardings(self.mesh, rules))
@@ -173,6 +177,10 @@ class StepBuilder:
 
     def _at(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

@@ -74,6 +74,7 @@ def test_table_report_and_picture(gin_file, asked, tmp_path, capsys):
     names = "parameters chips hbm_per_chip_bytes hbm_limit_bytes compile_s cross_population_adapter_bytes population"
     assert set(names.split()) <= set(written["figures"])
     assert written["figures"]["population"] == 8
+    assert (written["figures"]["run"], written["figures"]["topology"]) == ("plan", "v5e:2x2")
     assert written["figures"]["cross_population_adapter_bytes"] == 0
     assert [row["step"] for row in written["rows"]] == ["train", "prefill", "decode"]
     assert written["rows"][0]["collective_bytes"] == {"fsdp": 4 * 10**7}
