@@ -57,3 +57,7 @@ class CorruptRevisionError(CatalogError):
 
 class StorageError(CatalogError):
     """The disk is full, or the store refused to write; nothing was committed."""
+
+
+class PlanError(PopaxError):
+    """A step cannot be compiled ahead of time: the compiler, or the process that runs it, gave up."""

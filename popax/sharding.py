@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from popax.errors import ConfigError
 
@@ -15,11 +15,17 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("population", "population"),
     ("batch", None),
     ("layers", None),
-    ("embed", "fsdp"),
+    # On a mesh with experts, what is no expert's is spread over their devices too, rather than repeated on each.
+    ("embed", ("fsdp", "expert")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("ffw", "tensor"),
     ("vocab", "tensor"),
+    ("expert", "expert"),
+    ("expert_ffw", "tensor"),
+    ("router", None),
+    ("q_latent", ("fsdp", "expert")),
+    ("kv_latent", ("fsdp", "expert")),
     ("norm", None),
     ("rank", None),
 )
@@ -31,7 +37,7 @@ class ShardingRules:
 
     rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
 
-    def spec(self, axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    def spec(self, axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes. Raises ConfigError on an unknown logical axis."""
         table = dict(self.rules)
         taken: set[str] = set()

@@ -32,7 +32,8 @@ class Batch(NamedTuple):
 class SiteInfo:
     """One linear map of the model where an adapter may act: y = x W, W [layers, d_in, d_out] (layers = 0: unscanned).
 
-    axes: the logical axes of W's (d_in, d_out), from which adapter shardings are derived.
+    axes: the logical axes of W's (d_in, d_out), from which adapter shardings are derived. first_layer: the number in
+    the model of the first of these layers; above 0 where another stack comes before.
     """
 
     name: str
@@ -40,27 +41,31 @@ class SiteInfo:
     d_out: int
     layers: int
     axes: tuple[str, str]
+    first_layer: int = 0
 
 
 class SiteFn(Protocol):
     """{site: y'} = fn(x, {site: y}): x [..., D_in] enters these sites, y [..., D_out] leaves each.
 
     Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
+    adapts(site): whether y' can differ from y there. Where it cannot, a model may do without making y.
     """
 
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]: ...
 
-    def acts_on(self, site: str) -> bool:
-        """Whether the site's y may change. Where it does not, the model may do without making y."""
-        ...
+    def adapts(self, site: str) -> bool: ...
 
 
 class Adapt(Protocol):
     """What a model is given beside its weights.
 
     `layers` is a pytree-callable whose leaves are [L, ...]; the model's layer scan slices it, and the slice is a
-    SiteFn for the sites named `layers.*`. `outer` is a SiteFn for every other site.
+    SiteFn for the sites named `layers.*`. `dense_layers` is the same for the layers before the first mixture of
+    experts, where a model has such a stack. `outer` is a SiteFn for every other site.
     """
+
+    @property
+    def dense_layers(self) -> Any: ...
 
     @property
     def layers(self) -> Any: ...
@@ -75,6 +80,10 @@ class NoAdapt:
     """The base alone: every site returns y unchanged. Both an Adapt and a SiteFn; a pytree without leaves."""
 
     @property
+    def dense_layers(self) -> "NoAdapt":
+        return self
+
+    @property
     def layers(self) -> "NoAdapt":
         return self
 
@@ -86,7 +95,7 @@ class NoAdapt:
         del x
         return ys
 
-    def acts_on(self, site: str) -> bool:
+    def adapts(self, site: str) -> bool:
         del site
         return False
 

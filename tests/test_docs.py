@@ -22,3 +22,14 @@ def test_the_tables_of_kernels_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"
     assert main(["report", str(BENCHMARKS / f"{name}.json"), "--rows", "600", "--output", str(output)]) == 0
     assert output.read_text() == (BENCHMARKS / f"{name}.md").read_text()
+
+
+def test_the_plans_are_the_commands_output(tmp_path):
+    """Every committed plan has its gin file, and the page shows what the command prints of all of them."""
+    plans = sorted((BENCHMARKS.parent / "plans").glob("*.json"))
+    assert plans, "docs/plans holds no report"
+    for plan in plans:
+        assert (BENCHMARKS.parents[1] / "configs" / "runs" / f"{plan.stem}.gin").is_file(), plan
+    output = tmp_path / "plans.md"
+    assert main(["report", *map(str, plans), "--output", str(output)]) == 0
+    assert output.read_text() == (plans[0].parent / "plans.md").read_text()

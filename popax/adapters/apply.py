@@ -36,7 +36,7 @@ class SiteAdapters:
         delta = self.cohort.method.delta
         return ys | {site: delta(*operands[site], x, ys[site], self._dropout(site)) for site in adapted}
 
-    def acts_on(self, site: str) -> bool:
+    def adapts(self, site: str) -> bool:
         return site in self.state
 
     def _dropout(self, site: str):
@@ -54,8 +54,9 @@ class SiteAdapters:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundAdapter:
-    """An Adapt: the layered sites' arrays with L first, and the others'."""
+    """An Adapt: the sites' arrays of each stack with its L first, and the others'."""
 
+    dense_layers: SiteAdapters
     layers: SiteAdapters
     outer: SiteAdapters
 
@@ -64,39 +65,46 @@ def bind(
     cohort: Cohort, adapter: AdapterState, shared: AdapterState, *, dropout_key: jax.Array | None = None
 ) -> BoundAdapter:
     """One user's adapter on a model. dropout_key: a training step's key; without it nothing is dropped."""
-    layer_keys, outer_key = None, None
+    keys = None
     if dropout_key is not None and cohort.config.dropout > 0.0:
-        layer_key, outer_key = jax.random.split(dropout_key)
-        layer_keys = jax.random.split(layer_key, max((len(spec.ranks) for spec in cohort.sites), default=1))
-    return _bound(cohort, adapter, shared, layer_keys, outer_key, None, None)
+        keys = jax.random.split(dropout_key)
+    return _bound(cohort, adapter, shared, keys, None)
 
 
 def bind_slots(cohort: Cohort, pool: AdapterState, shared: AdapterState, slot_B: jax.Array) -> BoundAdapter:
     """Many users' adapters for a batch of mixed rows.
 
     pool: {site: {leaf: [L, S, ...]}}, slots after layers so that the layer scan's slices are contiguous; [S, ...] at
-    sites outside the stack. slot_B: int [B], -1 for base only.
+    sites outside the stacks. slot_B: int [B], -1 for base only.
     """
-    num_layers = max((spec.info.layers for spec in cohort.sites), default=0)
-    slot_LxB = jnp.broadcast_to(slot_B, (num_layers, *slot_B.shape))
-    return _bound(cohort, pool, shared, None, None, slot_LxB, slot_B)
+    return _bound(cohort, pool, shared, None, slot_B)
 
 
-def _bound(cohort, adapter, shared, layer_keys, outer_key, layer_slots, outer_slots) -> BoundAdapter:
-    def part(layered: bool, key, slot) -> SiteAdapters:
-        specs = {name: spec for name, spec in cohort.specs.items() if bool(spec.info.layers) == layered}
+def _bound(
+    cohort: Cohort, adapter: AdapterState, shared: AdapterState, keys: jax.Array | None, slot_B: jax.Array | None
+) -> BoundAdapter:
+    def part(names: list[str], key: jax.Array | None, slot: jax.Array | None) -> SiteAdapters:
         return SiteAdapters(
             cohort=cohort,
-            state={name: adapter[name] for name in specs},
-            shared={name: shared[name] for name in specs if name in shared},
-            scale={name: scales(spec) for name, spec in specs.items()},
+            state={name: adapter[name] for name in names},
+            shared={name: shared[name] for name in names if name in shared},
+            scale={name: scales(cohort.specs[name]) for name in names},
             dropout_key=key,
             slot=slot,
         )
 
-    # Without layered sites there is nothing for the scan to slice: its part then carries no leaves at all.
-    has_layers = any(spec.info.layers for spec in cohort.sites)
+    def stack(prefix: str) -> SiteAdapters:
+        specs = {name: spec for name, spec in cohort.specs.items() if spec.info.layers and name.startswith(prefix)}
+        if not specs:  # nothing for the scan to slice: its part then carries no leaves at all
+            return part([], None, None)
+        num_layers = max(spec.info.layers for spec in specs.values())
+        layer_keys = None if keys is None else jax.random.split(keys[0], num_layers)
+        slot_LxB = None if slot_B is None else jnp.broadcast_to(slot_B, (num_layers, *slot_B.shape))
+        return part(list(specs), layer_keys, slot_LxB)
+
+    outer = [name for name, spec in cohort.specs.items() if not spec.info.layers]
     return BoundAdapter(
-        layers=part(True, layer_keys if has_layers else None, layer_slots if has_layers else None),
-        outer=part(False, outer_key, outer_slots),
+        dense_layers=stack("dense_layers."),
+        layers=stack("layers."),
+        outer=part(outer, None if keys is None else keys[1], slot_B),
     )

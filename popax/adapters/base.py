@@ -21,7 +21,8 @@ ALL_LINEAR = r"layers\..*_proj"
 class TargetRule:
     """Sites whose name fully matches `pattern` get an adapter, with this rank and alpha where given.
 
-    The pattern is tried on the site (`layers.attn.q_proj`) and on each layer's own name (`layers.3.attn.q_proj`).
+    The pattern is tried on the site (`layers.attn.q_proj`) and on each layer's own name (`layers.3.attn.q_proj`),
+    numbered in the model: layer 0 of a stack `dense_layers` is `layers.0.attn.q_proj`.
     rank 0 leaves the site alone, so that a rule can make an exception to a later one.
     """
 
@@ -147,8 +148,8 @@ def resolve(config: AdapterConfig, sites: Mapping[str, SiteInfo]) -> dict[str, S
 def _layer_names(info: SiteInfo) -> list[str]:
     if not info.layers:
         return [info.name]
-    head, rest = info.name.split(".", 1)
-    return [f"{head}.{layer}.{rest}" for layer in range(info.layers)]
+    rest = info.name.split(".", 1)[1]
+    return [f"layers.{info.first_layer + layer}.{rest}" for layer in range(info.layers)]
 
 
 def _first_match(config: AdapterConfig, names: tuple[str, ...], used: list[bool]) -> tuple[int, float]:

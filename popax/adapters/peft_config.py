@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, SiteSpec, TargetRule, resolve
-from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names
+from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names, short_name
 from popax.errors import ConfigError, PeftError, SiteError
 from popax.types import SiteInfo
 
@@ -139,17 +139,18 @@ def _targets(layout: Layout, sites: Mapping[str, SiteInfo], default: tuple[int, 
 
 def _site_regexes(names: list[str], at: list[int] | None, sites: Mapping[str, SiteInfo]) -> Iterable[str]:
     """Regexes that match these sites and no other, at these layers or (None) at all."""
-    linear = [name for name in sites if re.fullmatch(ALL_LINEAR, name)]
+    linear = [name for name, info in sites.items() if info.layers and name.endswith("_proj")]
     if at is None and linear and set(linear) <= set(names):
         yield ALL_LINEAR
         names = [name for name in names if name not in linear]
-    stacks: dict[str, list[str]] = {}
+    stacks: dict[tuple[str, int], list[str]] = {}
     for name in names:
         head, rest = name.split(".", 1) if sites[name].layers else ("", name)
-        stacks.setdefault(head, []).append(re.escape(rest))
-    for head, rests in stacks.items():
+        stacks.setdefault((head, sites[name].first_layer), []).append(re.escape(rest))
+    for (head, first_layer), rests in stacks.items():
+        # A layer's own name has its number in the model, whatever the stack.
         parts = [re.escape(head)] if head else []
-        parts += [] if at is None else [_either([str(layer) for layer in at])]
+        parts = parts if at is None else ["layers", _either([str(first_layer + layer) for layer in at])]
         yield r"\.".join([*parts, _either(rests)])
 
 
@@ -158,15 +159,17 @@ def _either(words: list[str]) -> str:
 
 
 def _patterns(layout: Layout, infos: Mapping[str, SiteInfo], value_of) -> dict[str, Any]:
-    """PEFT names -> values (None: no entry): the last part where a site is uniform, else one whole name a layer.
+    """PEFT names -> values (None: no entry): a name's end where a site is uniform, else one whole name a layer.
 
     No two names fit one module, so that the order of a JSON object does not matter.
     """
     patterns = {}
+    distinct = {name: {value_of(pair) for pair in layers} for name, layers in layout.items()}
     for name, layers in layout.items():
         modules, values = module_names(infos[name]), [value_of(pair) for pair in layers]
-        if len(set(values)) == 1:
-            modules, values = [modules[0].rsplit(".", 1)[-1]], values[:1]
+        short = short_name(infos[name], distinct) if len(distinct[name]) == 1 else None
+        if short is not None:
+            modules, values = [short], values[:1]
         patterns |= {module: value for module, value in zip(modules, values, strict=True) if value is not None}
     return patterns
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from popax.errors import PeftError
 from popax.modeling.hf import hf_name
+from popax.modeling.stacks import DENSE, MAIN
 from popax.types import SiteInfo
 
 # site -> (rank, alpha) at each layer (one entry outside the layer stack); rank 0 where there is no adapter
@@ -16,11 +17,30 @@ NO_ADAPTER = (0, 0.0)
 
 
 def module_names(info: SiteInfo) -> list[str]:
-    """transformers' module name of a site at each layer; empty where a site has none."""
+    """transformers' module name of a site at each layer; empty where a site has none that peft could adapt."""
+    if info.name.endswith(".router"):  # a module of its own kind there, no linear one
+        return []
     if not info.layers:
         return ["lm_head"] if info.name == "lm_head" else []
     kernel = info.name.replace(".", "/") + "/kernel"
-    return [hf_name(kernel, layer).removesuffix(".weight") for layer in range(info.layers)]
+    layers = range(info.first_layer, info.first_layer + info.layers)
+    return [hf_name(kernel, layer).removesuffix(".weight") for layer in layers]
+
+
+def short_name(info: SiteInfo, values: Mapping[str, set[Any]]) -> str | None:
+    """The end of a site's module names that no site with another value shares; None where there is none.
+
+    values: of every site that has one, over its layers. Layers of two stacks have the same names inside, and so have an
+    MLP that is shared and one that is not, but for the word before the last.
+    """
+    *_, before, last = ("", *module_names(info)[0].split("."))
+    stack, _, rest = info.name.partition(".")
+    if before == "shared_experts" or (stack == DENSE and rest.startswith("mlp.")):
+        return f"{before}.{last}"
+    if stack == DENSE or info.first_layer:
+        other = f"{MAIN if stack == DENSE else DENSE}.{rest}"
+        return last if values.get(other) == values[info.name] else None
+    return last
 
 
 def layout_of(record: Mapping[str, Any], sites: Mapping[str, SiteInfo]) -> Layout:

@@ -45,6 +45,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.serving.sampling:Sampling",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
+    "popax.plan.config:PlanConfig",
+    "popax.plan.config:MeshShape",
 )
 
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "extract": "popax.cli.extract",
     "import": "popax.cli.import_",
     "users": "popax.cli.users",
+    "plan": "popax.cli.plan",
     "bench": "popax.cli.bench",
     "report": "popax.cli.report",
 }

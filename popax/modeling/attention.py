@@ -22,19 +22,29 @@ MAX_STRIPS = 8
 
 
 def dot_product_attention(
-    q_BxTxHxd: jax.Array, k_BxSxKxd: jax.Array, v_BxSxKxd: jax.Array, mask_BxTxS: jax.Array
+    q_BxTxHxd: jax.Array,
+    k_BxSxKxd: jax.Array,
+    v_BxSxKxd: jax.Array,
+    mask_BxTxS: jax.Array,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v over the keys that the mask allows, [B, T, H, d] in q's dtype.
+    """softmax(scale q k^T) v over the keys that the mask allows, [B, T, H, features of v] in q's dtype.
 
-    Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is float32. A query that may
-    see no key gets the mean of all values: finite, and only padding is such a query.
+    scale: 1/sqrt(d) by default. Query head h reads kv head h // (H/K), which is not repeated in memory. The softmax is
+    float32. A query that may see no key gets the mean of all values: finite, and only padding is such a query.
     """
     q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd = _heads_first(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd)
-    return _heads_last(_attend(q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd, mask_BxTxS))
+    return _heads_last(_attend(q_BxKxGxTxd, k_BxKxSxd, v_BxKxSxd, mask_BxTxS, scale))
 
 
 def causal_attention(
-    q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array, mask_BxTxT: jax.Array
+    q_BxTxHxd: jax.Array,
+    k_BxTxKxd: jax.Array,
+    v_BxTxKxd: jax.Array,
+    mask_BxTxT: jax.Array,
+    *,
+    scale: float | None = None,
 ) -> jax.Array:
     """`dot_product_attention` under a mask that allows no later key, at little more than half its cost.
 
@@ -47,9 +57,8 @@ def causal_attention(
     for start in range(0, length, width):
         end = min(start + width, length)
         mask_BxtxS = mask_BxTxT[:, start:end, :end]
-        strips.append(
-            _attend(q_BxKxGxTxd[..., start:end, :], k_BxKxTxd[..., :end, :], v_BxKxTxd[..., :end, :], mask_BxtxS)
-        )
+        strip = (q_BxKxGxTxd[..., start:end, :], k_BxKxTxd[..., :end, :], v_BxKxTxd[..., :end, :])
+        strips.append(_attend(*strip, mask_BxtxS, scale))
     return _heads_last(jnp.concatenate(strips, axis=-2))
 
 
@@ -65,17 +74,21 @@ def _heads_last(out_BxKxGxTxd: jax.Array) -> jax.Array:
     return out_BxKxGxTxd.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * groups, dim)
 
 
-def _attend(q_BxKxGxTxd: jax.Array, k_BxKxSxd: jax.Array, v_BxKxSxd: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
+def _attend(
+    q_BxKxGxTxd: jax.Array, k_BxKxSxd: jax.Array, v_BxKxSxd: jax.Array, mask_BxTxS: jax.Array, scale: float | None
+) -> jax.Array:
     batch, kv_heads, groups, length, dim = q_BxKxGxTxd.shape
+    scale = 1 / math.sqrt(dim) if scale is None else scale
     # The queries of a group as further rows: one product for each kv head.
     rows_BxKxQxd = q_BxKxGxTxd.reshape(batch, kv_heads, groups * length, dim)
     scores_BxKxQxS = jnp.einsum("bkqd,bksd->bkqs", rows_BxKxQxd, k_BxKxSxd, preferred_element_type=jnp.float32)
-    scores_BxKxGxTxS = scores_BxKxQxS.reshape(batch, kv_heads, groups, length, -1) * jnp.float32(1 / math.sqrt(dim))
+    scores_BxKxGxTxS = scores_BxKxQxS.reshape(batch, kv_heads, groups, length, -1) * jnp.float32(scale)
     lowest = jnp.float32(jnp.finfo(jnp.float32).min)
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, lowest)
     weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxKxSxd.dtype)
     weights_BxKxQxS = weights_BxKxGxTxS.reshape(scores_BxKxQxS.shape)
-    return jnp.einsum("bkqs,bksd->bkqd", weights_BxKxQxS, v_BxKxSxd).reshape(q_BxKxGxTxd.shape)
+    out_BxKxQxd = jnp.einsum("bkqs,bksd->bkqd", weights_BxKxQxS, v_BxKxSxd)
+    return out_BxKxQxd.reshape(batch, kv_heads, groups, length, -1)
 
 
 def packed_mask(segments_BxT: jax.Array) -> jax.Array:
@@ -94,17 +107,17 @@ def cache_mask(positions_BxT: jax.Array, length: int) -> jax.Array:
 class Attention(nnx.Module):
     """Grouped-query attention with RoPE; q and k normalised per head where the config says so (Qwen3)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, out_std: float):
+    def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs, out_std: float):
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         options = {"param_dtype": config.param_dtype, "rngs": rngs}
         inner = {"bias": config.attention_bias, **options}
         embed = config.embed_dim
         self.config = config
-        self.q_proj = Linear("layers.attn.q_proj", (embed, wide), ("embed", "heads"), **inner)
-        self.k_proj = Linear("layers.attn.k_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
-        self.v_proj = Linear("layers.attn.v_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
+        self.q_proj = Linear(f"{name}.q_proj", (embed, wide), ("embed", "heads"), **inner)
+        self.k_proj = Linear(f"{name}.k_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
+        self.v_proj = Linear(f"{name}.v_proj", (embed, narrow), ("embed", "kv_heads"), **inner)
         self.o_proj = Linear(
-            "layers.attn.o_proj", (wide, embed), ("heads", "embed"), bias=config.output_bias, std=out_std, **options
+            f"{name}.o_proj", (wide, embed), ("heads", "embed"), bias=config.output_bias, std=out_std, **options
         )
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, config.param_dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, config.param_dtype) if config.qk_norm else None
@@ -121,7 +134,7 @@ class Attention(nnx.Module):
         config = self.config
         flat = project(x_BxTxD, site_fn, self.q_proj, self.k_proj, self.v_proj)
         heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = (_split_heads(*each) for each in zip(flat, heads, strict=True))
+        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = (split_heads(*each) for each in zip(flat, heads, strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q_BxTxHxd, k_BxTxKxd = self.q_norm(q_BxTxHxd), self.k_norm(k_BxTxKxd)
         q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)
@@ -135,5 +148,6 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
 
 
-def _split_heads(y_BxTxF: jax.Array, heads: int) -> jax.Array:
+def split_heads(y_BxTxF: jax.Array, heads: int) -> jax.Array:
+    """[B, T, heads * d] as [B, T, heads, d]."""
     return y_BxTxF.reshape(*y_BxTxF.shape[:-1], heads, -1)

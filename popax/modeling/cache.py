@@ -1,4 +1,4 @@
-"""Keys and values of the tokens a model has seen, at the position each token has in its row."""
+"""What later tokens need of the tokens a model has seen, at the position each token has in its row."""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,10 +25,28 @@ class KVCache(NamedTuple):
         return self.k.shape[2]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `length` positions a row. dtype: of the stored keys and values, the config's by default."""
+class LatentCache(NamedTuple):
+    """latent: [L, B, S, C + r], of latent attention: the normalised latent (C features) and beside it the one rotated
+    key of all heads (r features), from which keys and values follow. Slots as in KVCache.
+    """
+
+    latent: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.latent.shape[2]
+
+
+Cache = KVCache | LatentCache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+    """An empty cache of `length` positions a row. dtype: of what is stored, the config's by default."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"cache dtype={dtype!r}: one of {', '.join(DTYPES)}")
+    if config.mla is not None:
+        width = config.mla.kv_latent_dim + config.mla.rope_head_dim
+        return LatentCache(jnp.zeros((config.num_layers, batch, length, width), dtype or config.dtype))
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
 
@@ -41,23 +59,23 @@ class LayerCache:
     would copy every cached token at every step.
     """
 
-    cache: KVCache
+    cache: Cache
     layer: jax.Array
     positions_BxT: jax.Array
 
-    def write(self, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array) -> "LayerCache":
-        """The keys and values at their positions; those at position -1, or past the end, are dropped."""
-        rows_Bx1 = jnp.arange(k_BxTxKxd.shape[0], dtype=jnp.int32)[:, None]
+    def write(self, *new: jax.Array) -> "LayerCache":
+        """An array [B, T, ...] for each of the cache's, at the tokens' positions; -1, or past the end, is dropped."""
+        rows_Bx1 = jnp.arange(new[0].shape[0], dtype=jnp.int32)[:, None]
         # A negative index would count from the end; one past the end is dropped by the scatter.
         slots_BxT = jnp.where(self.positions_BxT >= 0, self.positions_BxT, self.cache.length)
 
         def put(stored: jax.Array, new: jax.Array) -> jax.Array:
             return stored.at[self.layer, rows_Bx1, slots_BxT].set(new.astype(stored.dtype), mode="drop")
 
-        cache = KVCache(put(self.cache.k, k_BxTxKxd), put(self.cache.v, v_BxTxKxd))
-        return dataclasses.replace(self, cache=cache)
+        written = (put(stored, each) for stored, each in zip(self.cache, new, strict=True))
+        return dataclasses.replace(self, cache=type(self.cache)(*written))
 
-    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """This layer's (k, v), [B, S, K, head_dim]."""
-        k, v = (jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in self.cache)
-        return k.astype(dtype), v.astype(dtype)
+    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+        """This layer's part of each of the cache's arrays, [B, S, ...]."""
+        layer = (jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in self.cache)
+        return tuple(leaf.astype(dtype) for leaf in layer)

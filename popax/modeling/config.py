@@ -1,4 +1,4 @@
-"""The shape and arithmetic of a dense Llama or Qwen decoder. Presets are gin files in configs/models."""
+"""The shape and arithmetic of a decoder of the Llama, Qwen or DeepSeek families. Presets are in configs/models."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from popax.errors import ConfigError
+from popax.modeling.block_config import MLAConfig, MoEConfig, check_keys, check_whole, from_mapping
 
 RopeLayout = Literal["half", "interleaved"]
 DTYPES = ("float32", "bfloat16")
@@ -67,8 +68,8 @@ class YarnRope:
 
     def __post_init__(self):
         _check_factor(self)
-        if not 0 < self.beta_slow < self.beta_fast:
-            raise ConfigError(f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: 0 < beta_slow < beta_fast")
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ConfigError(f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}: 0 < beta_slow <= beta_fast")
 
 
 RopeScaling = LinearRope | Llama3Rope | YarnRope
@@ -90,7 +91,9 @@ class ModelConfig:
     rope_scaling: one of the scalings, or a mapping of its fields and {"rope_type": "linear" | "llama3" | "yarn"}.
     rope_layout: which features rotate together: i and i + head_dim/2 ("half", Hugging Face) or 2i and 2i+1
     ("interleaved", the original Llama). attention_bias: biases on q, k and v; output_bias: on o. qk_norm: RMS norms
-    over head_dim on q and k before RoPE (Qwen3). dtype: of activations and matmuls; norms, RoPE, softmax and logits
+    over head_dim on q and k before RoPE (Qwen3). moe: mixtures of experts in place of the dense MLPs. mla: latent
+    attention; head_dim is then that of a query, nope and rope features together. Both may be mappings of their fields.
+    dtype: of activations and matmuls; norms, RoPE, softmax and logits
     are float32. param_dtype: of the stored weights.
     """
 
@@ -111,14 +114,13 @@ class ModelConfig:
     qk_norm: bool = False
     tied_embeddings: bool = False
     max_seq_len: int = 2048
+    moe: MoEConfig | None = None
+    mla: MLAConfig | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        for name in COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"ModelConfig.{name}={value!r}: a whole number of at least 1")
+        check_whole(self, 1, *COUNTS)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -131,15 +133,41 @@ class ModelConfig:
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ConfigError(f"norm_eps={self.norm_eps}: a finite number above 0")
         object.__setattr__(self, "rope_scaling", _as_rope_scaling(self.rope_scaling))
+        self._check_blocks()
         if self.rope_layout not in ("half", "interleaved"):
             raise ConfigError(f"rope_layout={self.rope_layout!r}: 'half' or 'interleaved'")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ConfigError(f"ModelConfig.{name}={getattr(self, name)!r}: one of {', '.join(DTYPES)}")
 
+    def _check_blocks(self) -> None:
+        if self.moe is not None:
+            object.__setattr__(self, "moe", moe := from_mapping(MoEConfig, self.moe, "moe"))
+            if moe.first_dense_layers >= self.num_layers:
+                raise ConfigError(
+                    f"first_dense_layers={moe.first_dense_layers} of num_layers={self.num_layers}: no layer is left "
+                    "for the experts; a dense model has moe=None"
+                )
+        if self.mla is not None:
+            object.__setattr__(self, "mla", mla := from_mapping(MLAConfig, self.mla, "mla"))
+            if self.head_dim != mla.nope_head_dim + mla.rope_head_dim or self.num_kv_heads != self.num_heads:
+                raise ConfigError(
+                    f"head_dim={self.head_dim}, num_kv_heads={self.num_kv_heads}: with mla they are nope_head_dim + "
+                    f"rope_head_dim = {mla.nope_head_dim + mla.rope_head_dim} and num_heads = {self.num_heads}"
+                )
+            if self.qk_norm:
+                raise ConfigError("qk_norm is of grouped-query attention: with mla the latents are normalised")
+
+    @property
+    def rope_dim(self) -> int:
+        """Features of a head that turn with the position."""
+        return self.head_dim if self.mla is None else self.mla.rope_head_dim
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        record = dataclasses.asdict(self)
+        """Plain JSON values; `from_dict` reads them back. Without moe and mla where they are None."""
+        # A dense model's record, and with it the digest, is what it was before there were others.
+        fields = dataclasses.asdict(self).items()
+        record: dict[str, Any] = {key: value for key, value in fields if value is not None or key not in ("moe", "mla")}
         if self.rope_scaling is not None:
             kind = next(name for name, cls in ROPE_SCALINGS.items() if isinstance(self.rope_scaling, cls))
             record["rope_scaling"] = {"rope_type": kind, **record["rope_scaling"]}
@@ -149,7 +177,7 @@ class ModelConfig:
     def from_dict(cls, record: Mapping[str, Any]) -> "ModelConfig":
         """Raises ConfigError on a key that no ModelConfig has, and on one that is missing."""
         values = dict(record)
-        _check_keys(cls, values, "ModelConfig")
+        check_keys(cls, values, "ModelConfig")
         return cls(**values)
 
     def semantics(self) -> dict[str, Any]:
@@ -164,16 +192,8 @@ def _as_rope_scaling(rope: Any) -> RopeScaling | None:
         kind = values.pop("rope_type", None)
         if kind not in ROPE_SCALINGS:
             raise ConfigError(f"rope_scaling: rope_type={kind!r}; one of {', '.join(ROPE_SCALINGS)}")
-        _check_keys(ROPE_SCALINGS[kind], values, "rope_scaling")
+        check_keys(ROPE_SCALINGS[kind], values, "rope_scaling")
         return ROPE_SCALINGS[kind](**values)
     if rope is not None and not isinstance(rope, RopeScaling):
         raise ConfigError(f"rope_scaling={rope!r}: None, LinearRope, Llama3Rope or YarnRope")
     return rope
-
-
-def _check_keys(cls: Any, values: Mapping[str, Any], what: str) -> None:
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    missing = [name for name, required in fields.items() if required and name not in values]
-    if unknown or missing:
-        raise ConfigError(f"{what}: unknown keys {unknown}, missing keys {missing}; its keys are {', '.join(fields)}")

@@ -1,16 +1,19 @@
 """Weights of a Hugging Face directory, streamed: each device's shard is read from the files by itself."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from popax.errors import CheckpointError, ConfigError
+from popax.modeling.block_scaled import DTYPE as FP8
+from popax.modeling.block_scaled import SUFFIX, BlockScaled
 from popax.modeling.config import ModelConfig
 from popax.modeling.digest import TensorRecord, digest_records
 from popax.modeling.hf_config import model_config
@@ -21,15 +24,35 @@ from popax.trees import flatten_named, unflatten_named
 from popax.types import Params
 
 CONFIG = "config.json"
+# Ours -> Hugging Face's, where they differ; the router and the experts are parts of what is called mlp there.
+WORDS = {
+    "attn": "self_attn",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_a_norm": "q_a_layernorm",
+    "kv_a_proj": "kv_a_proj_with_mqa",
+    "kv_a_norm": "kv_a_layernorm",
+    "moe": "mlp",
+    "router": "gate",
+    "shared": "shared_experts",
+}
+LEAVES = {"bias": "bias", "correction_bias": "e_score_correction_bias"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old versions of transformers stored; they follow from the config.
 DERIVED = "rotary_emb.inv_freq"
+# Layers behind the last one that predict further tokens in training; they are no part of the model's function.
+PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")  # as published, and as transformers 5 writes it
 # Copying a transposed matrix in strips is 2 to 3 times faster: a strip's cache lines are still there for the next row.
 STRIP = 256
 
 
 def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
     """The ModelConfig of a directory's config.json."""
+    source = str(directory / CONFIG)
+    return model_config(_read_record(directory), source=source, dtype=dtype, param_dtype=param_dtype)
+
+
+def _read_record(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -37,7 +60,7 @@ def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str |
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{path} holds a {type(record).__name__}; a config is a JSON object")
-    return model_config(record, source=str(path), dtype=dtype, param_dtype=param_dtype)
+    return record
 
 
 def load_weights(
@@ -60,33 +83,39 @@ def load_weights(
     return unflatten_named(params), digest
 
 
-def hf_name(name: str, layer: int | None = None) -> str:
-    """Hugging Face's name of a parameter: layers/attn/q_proj/kernel, 3 -> model.layers.3.self_attn.q_proj.weight."""
+def hf_name(name: str, layer: int | None = None, expert: int | None = None) -> str:
+    """Hugging Face's name of a parameter: layers/attn/q_proj/kernel, 3 -> model.layers.3.self_attn.q_proj.weight.
+
+    layer: its number in the model, whatever stack it is in.
+    """
     outer = {"embed/embedding": EMBEDDING, "final_norm/scale": "model.norm.weight", "lm_head/kernel": HEAD}
     if name in outer:
         return outer[name]
     _, *module, leaf = name.split("/")
-    words = {"attn": "self_attn", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    path = ".".join(words.get(word, word) for word in module)
-    return f"model.layers.{layer}.{path}.{'bias' if leaf == 'bias' else 'weight'}"
+    path = ".".join(f"experts.{expert}" if word == "experts" else WORDS.get(word, word) for word in module)
+    return f"model.layers.{layer}.{path}.{LEAVES.get(leaf, 'weight')}"
 
 
 class Source(NamedTuple):
-    """Where a parameter comes from: a tensor for each layer, or one. transposed: stored as [d_out, d_in]."""
+    """Where a parameter comes from: a tensor for each index of its first axes (layers, experts), in their order.
 
-    tensors: list[StoredTensor]
-    layered: bool
+    stacked: how many these axes are. transposed: the others are stored as [d_out, d_in].
+    """
+
+    tensors: list[StoredTensor | BlockScaled]
+    stacked: int
     transposed: bool
 
 
 def _match(model: Model, tensors: Mapping[str, StoredTensor], directory: Path) -> dict[str, Source]:
     missing, wrong, used, sources = [], [], set(), {}
     for name, like in flatten_named(model.abstract()).items():
-        source = Source([], name.startswith("layers/"), name.endswith("/kernel"))
-        shape = like.shape[1:] if source.layered else like.shape
-        shape = shape[::-1] if source.transposed else shape
-        for layer in range(like.shape[0]) if source.layered else (None,):
-            wanted = hf_name(name, layer)
+        stack = model.stacks.get(name.partition("/")[0])
+        source = Source([], (stack is not None) + ("/experts/" in name), name.endswith("/kernel"))
+        shape = like.shape[source.stacked :][::-1] if source.transposed else like.shape[source.stacked :]
+        for index in np.ndindex(like.shape[: source.stacked]):
+            layer, *expert = index if stack is not None else (0,)
+            wanted = hf_name(name, layer + (0 if stack is None else stack.first_layer), *expert)
             if wanted == EMBEDDING and model.config.tied_embeddings and wanted not in tensors:
                 wanted = HEAD
             used.add(wanted)
@@ -94,12 +123,22 @@ def _match(model: Model, tensors: Mapping[str, StoredTensor], directory: Path) -
                 missing.append(wanted)
             elif tensors[wanted].shape != shape:
                 wrong.append(f"{wanted} is {tensors[wanted].shape}, the config asks for {shape}")
-            else:
+            elif tensors[wanted].dtype != FP8:
                 source.tensors.append(tensors[wanted])
+            elif wanted + SUFFIX not in tensors:
+                missing.append(wanted + SUFFIX)
+            else:
+                used.add(wanted + SUFFIX)
+                source.tensors.append(BlockScaled(values=tensors[wanted], scales=tensors[wanted + SUFFIX]))
         sources[name] = source
     if model.config.tied_embeddings:
         used.add(HEAD)
-    extra = [name for name in sorted(tensors) if name not in used and not name.endswith(DERIVED)]
+    record, first = _read_record(directory), model.config.num_layers
+    predictors = next((record[key] for key in PREDICTORS if record.get(key)), 0)
+    ignored = tuple(f"model.layers.{layer}." for layer in range(first, first + predictors))
+    extra = [
+        name for name in sorted(set(tensors) - used) if not name.endswith(DERIVED) and not name.startswith(ignored)
+    ]
     problems = [_some("missing", missing), _some("of a wrong shape", wrong), _some("not the model's", extra)]
     if any(problems):
         raise CheckpointError(
@@ -117,7 +156,7 @@ def _some(what: str, names: list[str], shown: int = 5) -> str:
 def _digest(
     directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], sources: Mapping[str, Source]
 ) -> str:
-    stored = [tensor for source in sources.values() for tensor in source.tensors]
+    stored = [part for source in sources.values() for tensor in source.tensors for part in tensor.stored]
     with ThreadPoolExecutor() as pool:  # reading and hashing both let other threads run
         hashes = dict(zip([tensor.name for tensor in stored], pool.map(StoredTensor.sha256, stored), strict=True))
     if config.tied_embeddings and {EMBEDDING, HEAD} <= set(tensors) and tensors[HEAD].sha256() != hashes[EMBEDDING]:
@@ -141,16 +180,20 @@ def _place(source: Source, shape: tuple[int, ...], dtype: np.dtype, sharding: Na
 
 
 def read_shard(source: Source, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """params[index] of one parameter of this shape, in this dtype: kernels turned to [d_in, d_out], layers stacked."""
+    """params[index] of one parameter of this shape, in this dtype: kernels turned to [d_in, d_out], layers stacked.
+
+    Only the tensors of the layers and experts in the index are opened.
+    """
     bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     buffer = np.empty([len(part) for part in bounds], dtype)
-    inner = tuple(slice(part.start, part.stop) for part in (bounds[1:] if source.layered else bounds))
-    targets = zip(bounds[0], buffer, strict=True) if source.layered else ((0, buffer),)
-    for layer, target in targets:
+    inner = tuple(slice(part.start, part.stop) for part in bounds[source.stacked :])
+    numbers = np.arange(len(source.tensors)).reshape(shape[: source.stacked])
+    for at, position in enumerate(itertools.product(*bounds[: source.stacked])):
+        tensor, target = source.tensors[int(numbers[position])], buffer.reshape(-1, *buffer.shape[source.stacked :])[at]
         if source.transposed:
-            _copy_transposed(target, source.tensors[layer].read(inner[::-1]))
+            _copy_transposed(target, tensor.read(inner[::-1]))
         else:
-            target[...] = source.tensors[layer].read(inner)
+            target[...] = tensor.read(inner)
     return buffer
 
 

@@ -4,9 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from popax.errors import ConfigError
+from popax.modeling.block_scaled import BLOCK
 from popax.modeling.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, YarnRope
+from popax.modeling.hf_moe import DEEPSEEK, QWEN3_MOE, mla_config, moe_config, moe_problems
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": QWEN3_MOE,
+    "deepseek_v3": DEEPSEEK,
+    "kimi_k2": DEEPSEEK,
+}
+QWEN3 = ("Qwen3ForCausalLM", QWEN3_MOE)
 
 # Hugging Face's key -> ModelConfig's, where a config.json without it is incomplete.
 REQUIRED = {
@@ -39,18 +49,23 @@ def model_config(
     param_dtype = param_dtype or DTYPES[stored]
     values = {ours: record[theirs] for theirs, ours in REQUIRED.items()}
     heads = record["num_attention_heads"]
-    qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
+    qwen2, mla = architecture == "Qwen2ForCausalLM", mla_config(record, architecture)
     bias = bool(record.get("attention_bias", False))
+    head_dim = record.get("head_dim", record["hidden_size"] // heads)
     return ModelConfig(
         **values,
         num_kv_heads=record.get("num_key_value_heads", heads),
-        head_dim=record.get("head_dim", record["hidden_size"] // heads),
+        # DeepSeek's files call head_dim what of a head has positions, or leave it out.
+        head_dim=head_dim if mla is None else mla.nope_head_dim + mla.rope_head_dim,
         rope_theta=float(_rope(record, source).get("rope_theta", record.get("rope_theta", 1e4))),
         rope_scaling=_rope_scaling(record, source),
         attention_bias=True if qwen2 else bias,
         output_bias=False if qwen2 else bias,
         mlp_bias=architecture == "LlamaForCausalLM" and bool(record.get("mlp_bias", False)),
-        qk_norm=qwen3,
+        qk_norm=architecture in QWEN3,
+        rope_layout="interleaved" if mla is not None and record.get("rope_interleave", True) else "half",
+        moe=moe_config(record, architecture),
+        mla=mla,
         tied_embeddings=bool(record.get("tie_word_embeddings", False)),
         dtype=dtype or param_dtype,
         param_dtype=param_dtype,
@@ -68,12 +83,15 @@ def _architecture(record: Mapping[str, Any], source: str) -> str:
 
 
 def _refuse(record: Mapping[str, Any], architecture: str, source: str) -> None:
-    required = [*REQUIRED, *(("head_dim", "num_key_value_heads") if architecture == "Qwen3ForCausalLM" else ())]
-    problems = [f"{key} is missing" for key in required if key not in record]
+    required = [*REQUIRED, *(("head_dim", "num_key_value_heads") if architecture in QWEN3 else ())]
+    problems = [f"{key} is missing" for key in required if key not in record] + moe_problems(record, architecture)
     if record.get("hidden_act", "silu") != "silu":
         problems.append(f"hidden_act={record['hidden_act']!r} is not supported, only 'silu'")
-    if "quantization_config" in record:
-        problems.append("quantization_config is not supported: load a checkpoint of full-precision weights")
+    if not _is_readable(record.get("quantization_config")):
+        problems.append(
+            f"quantization_config is not supported, only fp8 (e4m3) in blocks of {BLOCK} x {BLOCK}: load a checkpoint "
+            "of full-precision weights"
+        )
     if record.get("use_sliding_window") and record.get("max_window_layers", 0) < record.get("num_hidden_layers", 0):
         problems.append(f"use_sliding_window with sliding_window={record.get('sliding_window')} is not supported")
     kinds = sorted(set(record.get("layer_types", ())) - {"full_attention"})
@@ -83,6 +101,14 @@ def _refuse(record: Mapping[str, Any], architecture: str, source: str) -> None:
         problems.append(f"partial_rotary_factor={record['partial_rotary_factor']} is not supported, only 1.0")
     if problems:
         raise ConfigError(f"{source}: {'; '.join(problems)}")
+
+
+def _is_readable(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether weights are stored in full, or as block_scaled.py reads them; nothing but the storage depends on it."""
+    if quantization is None:
+        return True
+    how = (quantization.get("quant_method"), quantization.get("fmt", "e4m3"), quantization.get("weight_block_size"))
+    return how == ("fp8", "e4m3", [BLOCK, BLOCK])
 
 
 def _rope(record: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Linear(nnx.Module):
         self.site = site
         # Without std, the output of a unit-variance input has unit variance.
         std = 1 / math.sqrt(shape[0]) if std is None else std
-        self.kernel = nnx.Param(_normal(rngs, shape, std, param_dtype), axes=axes)
+        self.kernel = nnx.Param(normal(rngs, shape, std, param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype), axes=axes[1:]) if bias else None
 
     def product(self, x: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ class Embed(nnx.Module):
     """Token ids to rows of the table, and, where embeddings are tied, hidden states to logits."""
 
     def __init__(self, vocab_size: int, dim: int, *, param_dtype: str, rngs: nnx.Rngs, std: float = 0.02):
-        table = _normal(rngs, (vocab_size, dim), std, param_dtype)
+        table = normal(rngs, (vocab_size, dim), std, param_dtype)
         self.embedding = nnx.Param(table, axes=("vocab", "embed"))
 
     def __call__(self, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
@@ -77,17 +77,29 @@ class Embed(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, embed_dim: int, ffw_dim: int, *, bias: bool, param_dtype: str, rngs: nnx.Rngs, out_std: float):
+    def __init__(
+        self, name: str, embed_dim: int, ffw_dim: int, *, bias: bool, param_dtype: str, rngs: nnx.Rngs, out_std: float
+    ):
         wide, narrow = (embed_dim, ffw_dim), (ffw_dim, embed_dim)
         options = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
-        self.gate_proj = Linear("layers.mlp.gate_proj", wide, ("embed", "ffw"), **options)
-        self.up_proj = Linear("layers.mlp.up_proj", wide, ("embed", "ffw"), **options)
-        self.down_proj = Linear("layers.mlp.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)
+        self.gate_proj = Linear(f"{name}.gate_proj", wide, ("embed", "ffw"), **options)
+        self.up_proj = Linear(f"{name}.up_proj", wide, ("embed", "ffw"), **options)
+        self.down_proj = Linear(f"{name}.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)
 
     def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
-        gate_BxTxF, up_BxTxF = project(x_BxTxD, site_fn, self.gate_proj, self.up_proj)
+        gate_BxTxF, up_BxTxF = project(x_BxTxD, site_fn, *self.inner)
+        return self.outer(gate_BxTxF, up_BxTxF, site_fn)
+
+    @property
+    def inner(self) -> tuple[Linear, Linear]:
+        """The linears that the input enters."""
+        return self.gate_proj, self.up_proj
+
+    def outer(self, gate_BxTxF: jax.Array, up_BxTxF: jax.Array, site_fn: SiteFn) -> jax.Array:
+        """The output, from what `inner` made of the input."""
         return self.down_proj(jax.nn.silu(gate_BxTxF) * up_BxTxF, site_fn)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
+    """Random numbers of this standard deviation, drawn in float32."""
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype)

@@ -11,44 +11,43 @@ from jax.sharding import Mesh
 
 from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
-from popax.modeling.cache import KVCache
+from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
 from popax.modeling.rope import cos_sin
+from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
 from popax.types import NO_ADAPT, Adapt, Params, SiteInfo
-
-# In the order of the forward pass.
-LAYER_SITES = (
-    "layers.attn.q_proj",
-    "layers.attn.k_proj",
-    "layers.attn.v_proj",
-    "layers.attn.o_proj",
-    "layers.mlp.gate_proj",
-    "layers.mlp.up_proj",
-    "layers.mlp.down_proj",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A decoder without its weights. Two models of equal config are equal.
 
-    params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}; kernels are [d_in, d_out], and
-    everything under "layers" has the layer axis first.
+    params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}, and "dense_layers" where there
+    are such before the first mixture of experts; kernels are [d_in, d_out], and everything in a stack of layers has the
+    layer axis first.
     """
 
     config: ModelConfig
 
     @functools.cached_property
-    def _graphs(self) -> tuple[nnx.GraphDef, nnx.GraphDef, dict[str, nnx.Variable]]:
-        """(one block, what is around the blocks, every parameter's abstract variable by its name in params)."""
-        block, block_state = nnx.split(nnx.eval_shape(lambda: Block(self.config, rngs=nnx.Rngs(params=0))))
+    def _graphs(self) -> tuple[dict[str, nnx.GraphDef], nnx.GraphDef, dict[str, nnx.Variable]]:
+        """(a block of each stack, what is around the stacks, each parameter's abstract variable by its name)."""
         ends, ends_state = nnx.split(nnx.eval_shape(lambda: Ends(self.config, rngs=nnx.Rngs(params=0))))
         variables = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(ends_state)}
-        variables |= {"layers/" + "/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(block_state)}
-        return block, ends, dict(sorted(variables.items()))
+        blocks = {}
+        for name, stack in self.stacks.items():
+            abstract = nnx.eval_shape(lambda stack=stack: Block(self.config, stack, rngs=nnx.Rngs(params=0)))
+            blocks[name], state = nnx.split(abstract)
+            variables |= {"/".join(map(str, (name, *path))): leaf for path, leaf in nnx.to_flat_state(state)}
+        return blocks, ends, dict(sorted(variables.items()))
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """The stacks of layers by name, in the order of the forward pass."""
+        return {stack.name: stack for stack in stacks(self.config)}
 
     def init(self, key: jax.Array, *, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Params:
         """Random parameters, the same on every mesh; with a mesh, each device makes its own shard only."""
@@ -56,12 +55,14 @@ class Model:
         return jax.jit(self._random, out_shardings=shardings)(key)
 
     def _random(self, key: jax.Array) -> Params:
-        def block(key: jax.Array) -> Params:
-            return nnx.to_pure_dict(nnx.state(Block(self.config, rngs=nnx.Rngs(params=key))))
+        def blocks(stack: Stack, keys: jax.Array) -> Params:
+            one = lambda key: nnx.to_pure_dict(nnx.state(Block(self.config, stack, rngs=nnx.Rngs(params=key))))  # noqa: E731
+            return jax.vmap(one)(keys[stack.first_layer : stack.first_layer + stack.num_layers])
 
         ends_key, layers_key = jax.random.split(key)
+        keys = jax.random.split(layers_key, self.config.num_layers)
         ends = nnx.to_pure_dict(nnx.state(Ends(self.config, rngs=nnx.Rngs(params=ends_key))))
-        return {**ends, "layers": jax.vmap(block)(jax.random.split(layers_key, self.config.num_layers))}
+        return {**ends, **{name: blocks(stack, keys) for name, stack in self.stacks.items()}}
 
     def abstract(self) -> Params:
         """Shapes and dtypes of params, as jax.ShapeDtypeStruct."""
@@ -96,7 +97,8 @@ class Model:
         return unflatten_named(named)
 
     def _layered(self, name: str) -> tuple[int, ...]:
-        return (self.config.num_layers,) if name.startswith("layers/") else ()
+        stack = self.stacks.get(name.partition("/")[0])
+        return () if stack is None else (stack.num_layers,)
 
     @property
     def num_params(self) -> int:
@@ -107,11 +109,18 @@ class Model:
         """The linear maps an adapter may act on, in the order of the forward pass."""
         abstract, axes = flatten_named(self.abstract()), flatten_named(self.axes())
         found = {}
-        for site in (*LAYER_SITES, *(() if self.config.tied_embeddings else ("lm_head",))):
+
+        def add(site: str, layers: int, first_layer: int) -> None:
             kernel = _kernel_name(site)
-            layers = self.config.num_layers if site.startswith("layers.") else 0
             d_in, d_out = abstract[kernel].shape[-2:]
-            found[site] = SiteInfo(name=site, d_in=d_in, d_out=d_out, layers=layers, axes=axes[kernel][-2:])
+            shape = {"d_in": d_in, "d_out": d_out, "axes": axes[kernel][-2:]}
+            found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
+
+        for stack in self.stacks.values():
+            for site in stack_sites(self.config, stack):
+                add(site, stack.num_layers, stack.first_layer)
+        if not self.config.tied_embeddings:
+            add("lm_head", 0, 0)
         return found
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
@@ -142,11 +151,11 @@ class Model:
         *,
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         adapt: Adapt = NO_ADAPT,
         remat: bool = False,
         embedded_BxTxD: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """(hidden states after the last norm [B, T, D], the cache with these tokens written).
 
         positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
@@ -169,8 +178,10 @@ class Model:
         rope = cos_sin(self.config, positions_BxT)
         x_BxTxD = self.embed(params, tokens_BxT) if embedded_BxTxD is None else embedded_BxTxD
         context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT)
-        block = self._graphs[0]
-        x_BxTxD, cache = scan_blocks(block, params["layers"], adapt.layers, x_BxTxD, context, cache, remat=remat)
+        for name, stack in self.stacks.items():
+            layers = (self._graphs[0][name], params[name], getattr(adapt, name))
+            options = {"first_layer": stack.first_layer, "remat": remat}
+            x_BxTxD, cache = scan_blocks(*layers, x_BxTxD, context, cache, **options)
         return self._ends(params).final_norm(x_BxTxD), cache
 
     def logits(self, params: Params, x: jax.Array, adapt: Adapt = NO_ADAPT) -> jax.Array:
@@ -204,7 +215,7 @@ class Model:
         return self.logits(params, x_BxTxD, adapt)
 
     def _ends(self, params: Params) -> Any:
-        return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name != "layers"})
+        return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name not in self.stacks})
 
 
 def _kernel_name(site: str) -> str:

@@ -10,8 +10,8 @@ from popax.modeling.config import LinearRope, Llama3Rope, ModelConfig, RopeLayou
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """(radians per position [head_dim/2] float32, the factor on cos and sin), computed on the host in float64."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    """(radians per position [rope_dim/2] float32, the factor on cos and sin), computed on the host in float64."""
+    exponents = np.arange(0, config.rope_dim, 2, dtype=np.float64) / config.rope_dim
     plain = config.rope_theta**-exponents
     match config.rope_scaling:
         case None:
@@ -35,30 +35,32 @@ def _yarn(plain: np.ndarray, config: ModelConfig, rope: YarnRope) -> np.ndarray:
     def feature(turns: float) -> float:
         """The (fractional) pair that turns this often in the original context."""
         wavelength = rope.original_max_seq_len / turns
-        return config.head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return config.rope_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = feature(rope.beta_fast), feature(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+    low, high = max(low, 0), min(high, config.rope_dim - 1)
     width = high - low if high != low else 0.001
     stretched = np.clip((np.arange(len(plain)) - low) / width, 0.0, 1.0)
     return stretched * plain / rope.factor + (1 - stretched) * plain
 
 
-def _yarn_attention_factor(rope: YarnRope) -> float:
-    def scale(multiplier: float) -> float:
-        return 0.1 * multiplier * math.log(rope.factor) + 1.0
+def yarn_scale(factor: float, multiplier: float) -> float:
+    """YaRN's growth of attention with the stretch: 0.1 m ln(factor) + 1 (arXiv 2309.00071, equation 22)."""
+    return 0.1 * multiplier * math.log(factor) + 1.0
 
+
+def _yarn_attention_factor(rope: YarnRope) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return scale(rope.mscale) / scale(rope.mscale_all_dim)
-    return scale(1.0)
+        return yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
+    return yarn_scale(rope.factor, 1.0)
 
 
 def cos_sin(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, float32 [B, T, 1, head_dim/2]: the 1 broadcasts over heads."""
+    """cos and sin of every position's angles, float32 [B, T, 1, rope_dim/2]: the 1 broadcasts over heads."""
     radians, factor = frequencies(config)
     angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * radians[None, None, None, :]
     scale = jnp.float32(factor)

@@ -18,7 +18,13 @@ import numpy as np
 
 from popax.errors import CheckpointError
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,  # with factors beside it: block_scaled.py
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 HASH_CHUNK_BYTES = 1 << 22
@@ -34,6 +40,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def stored(self) -> tuple["StoredTensor", ...]:
+        """What of the files this tensor is made of."""
+        return (self,)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
         """A view of this slice of the file; only the pages that are then touched are read."""

@@ -8,23 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from popax.modeling.attention import Attention
-from popax.modeling.cache import KVCache, LayerCache
+from popax.modeling.cache import Cache, LayerCache
 from popax.modeling.config import ModelConfig
+from popax.modeling.latent_attention import LatentAttention
 from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
+from popax.modeling.moe import MoE
+from popax.modeling.stacks import Stack
 from popax.types import SiteFn
 
 
 class Block(nnx.Module):
-    """x + attn(norm(x)), then x + mlp(norm(x))."""
+    """x + attn(norm(x)), then x + mlp(norm(x)); the MLP of a routed stack is a mixture of experts."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, stack: Stack, *, rngs: nnx.Rngs):
         # Two additions a layer: the residual stream keeps its variance at any depth (GPT-2's start).
         shrink = 1 / math.sqrt(2 * config.num_layers)
         self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
-        self.attn = Attention(config, rngs=rngs, out_std=shrink / math.sqrt(config.num_heads * config.head_dim))
+        self.attn = _attention(f"{stack.name}.attn", config, rngs, shrink)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
+        if config.moe is not None and stack.routed:
+            self.moe = MoE(f"{stack.name}.moe", config, config.moe, rngs=rngs, shrink=shrink)
+            return
         self.mlp = SwiGLU(
+            f"{stack.name}.mlp",
             config.embed_dim,
             config.ffw_dim,
             bias=config.mlp_bias,
@@ -43,7 +50,16 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), rope, mask_BxTxS, site_fn, cache)
         x_BxTxD = x_BxTxD + attended_BxTxD
-        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD), site_fn), cache
+        mlp = self.moe if hasattr(self, "moe") else self.mlp
+        return x_BxTxD + mlp(self.mlp_norm(x_BxTxD), site_fn), cache
+
+
+def _attention(name: str, config: ModelConfig, rngs: nnx.Rngs, shrink: float) -> Attention | LatentAttention:
+    if config.mla is not None:
+        out_std = shrink / math.sqrt(config.num_heads * config.mla.v_head_dim)
+        return LatentAttention(name, config, config.mla, rngs=rngs, out_std=out_std)
+    out_std = shrink / math.sqrt(config.num_heads * config.head_dim)
+    return Attention(name, config, rngs=rngs, out_std=out_std)
 
 
 class Ends(nnx.Module):
@@ -60,7 +76,7 @@ class Ends(nnx.Module):
     def target_nats(self, x: jax.Array, targets: jax.Array, site_fn: SiteFn, *, frozen: bool) -> jax.Array:
         if frozen and self.lm_head is None:
             return frozen_head_nats(x, targets, self.embed.embedding[...], vocab_first=True)
-        if frozen and self.lm_head is not None and not site_fn.acts_on(self.lm_head.site):
+        if frozen and self.lm_head is not None and not site_fn.adapts(self.lm_head.site):
             return frozen_head_nats(x, targets, self.lm_head.kernel[...], vocab_first=False)
         return cross_entropy(self.logits(x, site_fn), targets)
 
@@ -90,14 +106,18 @@ def scan_blocks(
     site_fns: Any,
     x_BxTxD: jax.Array,
     context: Context,
-    cache: KVCache | None,
+    cache: Cache | None,
     *,
+    first_layer: int = 0,
     remat: bool,
-) -> tuple[jax.Array, KVCache | None]:
-    """All blocks, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices."""
+) -> tuple[jax.Array, Cache | None]:
+    """The blocks of one stack, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices.
+
+    first_layer: where in the cache, which is all stacks', the first of them writes.
+    """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
 
-    def body(carry: tuple[jax.Array, KVCache | None], xs: tuple[Any, Any, jax.Array]):
+    def body(carry: tuple[jax.Array, Cache | None], xs: tuple[Any, Any, jax.Array]):
         (x_BxTxD, cache), (params, site_fn, layer) = carry, xs
         view = None
         if cache is not None:
@@ -108,6 +128,6 @@ def scan_blocks(
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    xs = (layers, site_fns, jnp.arange(num_layers, dtype=jnp.int32))
+    xs = (layers, site_fns, jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32))
     carry, _ = jax.lax.scan(body, (x_BxTxD, cache), xs)
     return carry

@@ -83,11 +83,11 @@ def population_step(
     optimizer: Optimizer,
     schedule: Schedule,
     *,
-    spmd_axis_name: str | None = None,
+    spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> MemberStep:
     """step(base, shared, state, batch) for N users at once: `jax.vmap` of `member_step`, state and batch with N first.
 
-    spmd_axis_name: the mesh axis that shards the population, so that constraints inside the model keep it.
+    spmd_axis_name: the mesh axes that shard the population, so that constraints inside the model keep them.
     """
     return jax.vmap(
         member_step(cohort, objective, optimizer, schedule), in_axes=(None, None, 0, 0), spmd_axis_name=spmd_axis_name

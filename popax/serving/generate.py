@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from popax.errors import DataError
-from popax.modeling.cache import KVCache, init_cache
+from popax.modeling.cache import Cache, init_cache
 from popax.modeling.model import Model
 from popax.serving.sampling import Sampling, sample
 from popax.types import NO_ADAPT, Adapt, Params
@@ -95,22 +95,55 @@ def _generate(model, sampling, steps, end_id, params, adapt, tokens_BxT, positio
     """New tokens, int32 [B, steps]; after the end token a row repeats it."""
     batch, width = tokens_BxT.shape
     cache = init_cache(model.config, batch, width + steps)
-    x_BxTxD, cache = model.hidden(params, tokens_BxT, positions_BxT=positions_BxT, cache=cache, adapt=adapt)
     length_B = jnp.max(positions_BxT, axis=1) + 1
-    last_BxD = jnp.take_along_axis(x_BxTxD, (length_B - 1)[:, None, None], axis=1)[:, 0]
 
-    def choose(step: jax.Array, x_BxD: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
-        return sample(sampling, keys, model.logits(params, x_BxD[:, None], adapt=adapt)[:, 0])
-
-    def body(carry: tuple[jax.Array, KVCache], step: jax.Array):
+    def body(carry: tuple[jax.Array, Cache | None], step: jax.Array):
         token_B, cache = carry
-        x_Bx1xD, cache = model.hidden(
-            params, token_B[:, None], positions_BxT=(length_B + step)[:, None], cache=cache, adapt=adapt
+        following_B, cache = decode(
+            model, sampling, end_id, params, adapt, token_B, length_B + step, cache, keys_B, step + 1
         )
-        following_B = jnp.where(token_B == end_id, token_B, choose(step + 1, x_Bx1xD[:, 0]))
         return (following_B, cache), token_B
 
-    first_B = choose(jnp.int32(0), last_BxD)
-    _, tokens_TxB = jax.lax.scan(body, (first_B, cache), jnp.arange(steps, dtype=jnp.int32))
+    first = prefill(model, sampling, params, adapt, tokens_BxT, positions_BxT, cache, keys_B)
+    _, tokens_TxB = jax.lax.scan(body, first, jnp.arange(steps, dtype=jnp.int32))
     return tokens_TxB.T
+
+
+def prefill(
+    model: Model,
+    sampling: Sampling,
+    params: Params,
+    adapt: Adapt,
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    cache: Cache | None,
+    keys_B: jax.Array,
+) -> tuple[jax.Array, Cache | None]:
+    """(each row's first new token int32 [B], the cache with its prompt). positions_BxT: -1 after the prompt's end."""
+    x_BxTxD, cache = model.hidden(params, tokens_BxT, positions_BxT=positions_BxT, cache=cache, adapt=adapt)
+    last_B = jnp.max(positions_BxT, axis=1)
+    last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+    return _choose(model, sampling, params, adapt, keys_B, jnp.int32(0), last_BxD), cache
+
+
+def decode(
+    model: Model,
+    sampling: Sampling,
+    end_id: int,
+    params: Params,
+    adapt: Adapt,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    cache: Cache | None,
+    keys_B: jax.Array,
+    step: jax.Array,
+) -> tuple[jax.Array, Cache | None]:
+    """(the token that follows token_B at position_B, the cache with it). step: how many new tokens each row has."""
+    x_Bx1xD, cache = model.hidden(params, token_B[:, None], positions_BxT=position_B[:, None], cache=cache, adapt=adapt)
+    chosen_B = _choose(model, sampling, params, adapt, keys_B, step, x_Bx1xD[:, 0])
+    return jnp.where(token_B == end_id, token_B, chosen_B), cache
+
+
+def _choose(model, sampling, params, adapt, keys_B, step, x_BxD) -> jax.Array:
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
+    return sample(sampling, keys, model.logits(params, x_BxD[:, None], adapt=adapt)[:, 0])

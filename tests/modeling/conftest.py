@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from popax.modeling.block_config import MLAConfig, MoEConfig
 from popax.modeling.config import Llama3Rope, ModelConfig, YarnRope
 from popax.modeling.model import Model
 
@@ -34,6 +35,27 @@ CONFIGS = {
         **SHAPE, attention_bias=True, tied_embeddings=True, rope_scaling=YarnRope(factor=4.0, original_max_seq_len=16)
     ),
     "qwen3": ModelConfig(**SHAPE, qk_norm=True),
+    "qwen3_moe": ModelConfig(
+        **SHAPE, qk_norm=True, moe=MoEConfig(num_experts=8, experts_per_token=2, expert_ffw_dim=16)
+    ),
+    "deepseek": ModelConfig(
+        **SHAPE | {"num_kv_heads": 4, "head_dim": 12},
+        rope_scaling=YarnRope(factor=4.0, original_max_seq_len=16, mscale=1.0, mscale_all_dim=1.0),
+        rope_layout="interleaved",
+        moe=MoEConfig(
+            num_experts=8,
+            experts_per_token=3,
+            expert_ffw_dim=16,
+            shared_ffw_dim=24,
+            first_dense_layers=1,
+            scoring="sigmoid",
+            routed_scaling=2.5,
+            num_groups=4,
+            top_groups=2,
+            correction_bias=True,
+        ),
+        mla=MLAConfig(q_latent_dim=20, kv_latent_dim=16, nope_head_dim=8, rope_head_dim=4, v_head_dim=10),
+    ),
 }
 
 

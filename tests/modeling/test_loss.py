@@ -36,7 +36,7 @@ class Scaled:
         del x
         return {site: y * self.factor if site == self.site else y for site, y in ys.items()}
 
-    def acts_on(self, site):
+    def adapts(self, site):
         return site == self.site
 
 

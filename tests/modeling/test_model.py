@@ -26,24 +26,33 @@ class Shift:
     amounts: dict[str, jax.Array]  # site -> [L] at the layers' sites, [] elsewhere
 
     @property
+    def dense_layers(self) -> "Shift":
+        return self._starting_with("dense_layers.")
+
+    @property
     def layers(self) -> "Shift":
-        return Shift({site: amount for site, amount in self.amounts.items() if site.startswith("layers.")})
+        return self._starting_with("layers.")
 
     @property
     def outer(self) -> "Shift":
-        return Shift({site: amount for site, amount in self.amounts.items() if not site.startswith("layers.")})
+        return self._starting_with("lm_head")
+
+    def _starting_with(self, prefix: str) -> "Shift":
+        return Shift({site: amount for site, amount in self.amounts.items() if site.startswith(prefix)})
+
+    def adapts(self, site):
+        return site in self.amounts
 
     def __call__(self, x, ys):
         assert all(x.shape[:-1] == y.shape[:-1] for y in ys.values())
         return {site: self._shifted(site, y) for site, y in ys.items()}
 
-    def acts_on(self, site):
-        return site in self.amounts
-
     def _shifted(self, site, y):
         if site not in self.amounts:
             return y
-        return y + jnp.broadcast_to(self.amounts[site].astype(y.dtype), y.shape)
+        # A different number for each feature: a router would not notice the same for all.
+        ramp = jnp.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype) * self.amounts[site].astype(y.dtype)
+        return y + jnp.broadcast_to(ramp, y.shape)
 
 
 def test_params_abstract_and_axes_agree(family):
@@ -53,7 +62,8 @@ def test_params_abstract_and_axes_agree(family):
         name: (leaf.shape, leaf.dtype) for name, leaf in abstract.items()
     }
     assert {name: len(names) for name, names in axes.items()} == {name: leaf.ndim for name, leaf in params.items()}
-    assert all((names[0] == "layers") == name.startswith("layers/") for name, names in axes.items())
+    stacked = ("layers/", "dense_layers/")
+    assert all((names[0] == "layers") == name.startswith(stacked) for name, names in axes.items())
     assert family.model.num_params == sum(leaf.size for leaf in params.values())
 
 
@@ -192,7 +202,8 @@ def test_the_head_is_a_site_where_it_is_not_tied(tiny):
     x = jnp.ones((2, 32))
     shift = Shift({"lm_head": jnp.float32(0.5)})
     base = tiny.model.logits(tiny.params, x)
-    np.testing.assert_allclose(tiny.model.logits(tiny.params, x, shift), base + 0.5, **CLOSE)
+    ramp = np.linspace(0.25, 0.75, 64, dtype=np.float32)[None]
+    np.testing.assert_allclose(tiny.model.logits(tiny.params, x, shift), base + ramp, **CLOSE)
     assert list(tiny.model.sites())[-1] == "lm_head"
     assert "lm_head" not in Model(dataclasses.replace(tiny.config, tied_embeddings=True)).sites()
 

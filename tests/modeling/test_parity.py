@@ -30,6 +30,20 @@ SHAPE = {
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {**ROPE, "rope_type": "yarn"}
+EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+QWEN3_MOE = {**EXPERTS, "head_dim": 32, "num_experts": 8}
+LATENT = {"q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+DEEPSEEK = {
+    **(EXPERTS | LATENT),
+    **{"num_key_value_heads": 4, "n_routed_experts": 16, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    **{"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+}
+KIMI_K2 = {
+    **DEEPSEEK,
+    **{"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "routed_scaling_factor": 2.827},
+    "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0, "beta_slow": 1.0},
+}
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3_1": ("Llama", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5}),
@@ -40,6 +54,14 @@ FAMILIES = {
     "qwen2_yarn_tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {**YARN, "truncate": False}}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "qwen3_tied": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", QWEN3_MOE),
+    "qwen3_moe_sums_not_one": ("Qwen3Moe", QWEN3_MOE | {"norm_topk_prob": False, "num_experts_per_tok": 1}),
+    "qwen3_moe_first_layer_dense": ("Qwen3Moe", QWEN3_MOE | {"mlp_only_layers": [0]}),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "deepseek_v3_no_query_latent": ("DeepseekV3", DEEPSEEK | {"q_lora_rank": None, "first_k_dense_replace": 0}),
+    "deepseek_v3_plain_rope": ("DeepseekV3", DEEPSEEK | {"rope_parameters": None, "rope_interleave": False}),
+    "kimi_k2": ("DeepseekV3", KIMI_K2),
+    "kimi_k2_biases": ("DeepseekV3", KIMI_K2 | {"attention_bias": True, "norm_topk_prob": False}),
 }
 
 
@@ -54,6 +76,9 @@ def pair(request, tmp_path_factory):
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # which start at zero and one
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(0.2 * torch.randn_like(buffer))
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory, **({"max_shard_size": "60KB"} if "qwen" in request.param else {}))
     assert (directory / "model.safetensors.index.json").exists() == ("qwen" in request.param)
@@ -101,8 +126,7 @@ def test_loading_onto_a_mesh_gives_the_same_numbers(pair, mesh):
     alone, spread = load_base(directory), load_base(directory, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, alone.params, spread.params)
     assert spread.digest == alone.digest
-    sharding = spread.params["layers"]["mlp"]["up_proj"]["kernel"].sharding
-    assert sharding.shard_shape((3, 64, 80)) == (3, 16, 40)
+    assert spread.params["embed"]["embedding"].sharding.shard_shape((96, 64)) == (48, 16)
     np.testing.assert_allclose(jax.jit(spread.model)(spread.params, TOKENS), expected(model), **CLOSE)
 
 

@@ -1,0 +1,125 @@
+"""`popax plan`: what a step will need on TPUs that are not attached, by the real compiler."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from popax.cli.gin_door import GinDoor, add_arguments
+from popax.cli.main import add_json
+from popax.errors import ConfigError, PopaxError
+
+NAME = "plan"
+HELP = (
+    "Compile train, prefill and decode steps for a TPU slice that is not attached, and report what they will need. "
+    "Needs the TPU compiler (pip install 'popax[aot]'), no TPU. GPU topologies cannot be compiled without a GPU."
+)
+EXAMPLE = (
+    "popax plan --gin_file configs/runs/plan_qwen3_8b_v5e.gin --json plan.json --picture plan.png\n"
+    "  popax plan --gin_file configs/models/qwen3_8b.gin --gin_param 'PlanConfig.topology=\"v5p:2x2x1\"' \\\n"
+    "      --gin_param 'MeshShape.fsdp=4' --largest"
+)
+# Makes mesh, adapter and optimizer reachable by their own keys: `MeshShape.fsdp = 4`.
+WIRING = "configs/runs/plan.gin"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser)
+    parser.add_argument(
+        "--largest", action="store_true", help="also find the largest population and batch that fit (more compiles)"
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        nargs="?",
+        const=8,
+        help="try up to N meshes (8) for the first step; rank them",
+    )
+    parser.add_argument("--picture", metavar="PATH", help="write a PNG of the memory of a chip in each step")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    # This process only asks for shapes; a chip on this machine is somebody else's.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from popax.adapters.cohort import Cohort
+    from popax.bench.report import write_report
+    from popax.modeling.config import ModelConfig
+    from popax.modeling.model import Model
+    from popax.plan.child import compile_apart
+    from popax.plan.compiler import Compiled
+    from popax.plan.config import PlanConfig, StepName
+    from popax.plan.fit import SCALED, advice, guess, largest
+    from popax.plan.picture import draw_memory
+    from popax.plan.report import chip_bytes, figures, lines, row
+    from popax.plan.search import rank
+
+    door = GinDoor([WIRING, *args.gin_file], args.gin_param)
+    model, config = door.build(ModelConfig), door.build(PlanConfig)
+
+    def compile_step(planned: PlanConfig, step: StepName) -> Compiled:
+        say(f"{step} step on {planned.topology}, {planned.mesh_of(step)}: compiling")
+        return compile_apart(planned, model, step, say)
+
+    if args.search is not None:
+        ranked = rank(config, model, config.steps[0], compile_step, say, args.search)
+        rows = [candidate.row(config) for candidate in ranked]
+        _print_ranking(config.steps[0], rows)
+        if not rows:
+            raise ConfigError(f"no mesh of {config.topology} holds the base and divides the plan's users and rows")
+        chosen: dict[str, Any] = {"candidates": len(rows), "best_mesh": rows[0]["mesh"]}
+        return _write(args.json, write_report, model, config, chosen, rows)
+
+    base = Model(model)
+    print(f"{base.num_params:,} parameters, {Cohort.of(config.adapter, base.sites()).num_params:,} a user")
+    steps, largest_found = [], {}
+    for step in config.steps:
+        compiled = compile_step(config, step)
+        steps.append(compiled)
+        print("\n".join(lines(config, compiled)), flush=True)
+        if not compiled.fits:
+            print("\n".join(advice(config, model, compiled)))
+        if args.largest:
+            answer = largest(config, compiled, compile_step)
+            largest_found[f"largest_{answer.name}"] = answer.count
+            print(f"  largest that fits: {answer.name}={answer.count}, compiled ({answer.compiles} more compiles)")
+        elif compiled.fits:
+            print(f"  largest that fits: about {SCALED[step]}={guess(config, compiled)}, an estimate; see --largest")
+    named = {"run": Path(args.gin_file[-1]).stem} if args.gin_file else {}
+    found: dict[str, Any] = named | figures(config, model, steps) | largest_found
+    if args.picture:
+        held = {compiled.step: chip_bytes(config, compiled) for compiled in steps}
+        title = f"{found['parameters'] / 1e9:.1f}B parameters on {config.topology}"
+        Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
+        draw_memory(held, found["hbm_limit_bytes"], title, Path(args.picture))
+        print(f"wrote {args.picture}")
+    return _write(args.json, write_report, model, config, found, [row(config, compiled) for compiled in steps])
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write(
+    path: str | None,
+    write_report: Callable[..., Any],
+    model: Any,
+    config: Any,
+    figures: dict[str, Any],
+    rows: list[dict[str, Any]],
+) -> int:
+    if path:
+        write_report(path, name=NAME, config={"model": model, "plan": config}, figures=figures, rows=rows)
+        print(f"wrote {path}")
+    return 0 if figures.get("fits", True) else PopaxError.exit_code
+
+
+def _print_ranking(step: str, rows: list[dict[str, Any]]) -> None:
+    print(f"{step} step, fastest first by the roofline's estimate")
+    for place, line in enumerate(rows, 1):
+        needed = f"{line['hbm_bytes_needed'] / 1e9:8.2f} GB a chip"
+        verdict = f"{line['estimate_seconds'] * 1e3:9.3g} ms" if line["fits"] else "does not fit"
+        print(f"{place:3d}  {line['mesh']:40s} {needed}  {verdict}")

@@ -1,0 +1,63 @@
+"""A mixture of experts in place of a dense MLP, with the MLP that every token goes through beside it."""
+
+import math
+
+import jax
+from flax import nnx
+
+from popax.modeling.block_config import MoEConfig
+from popax.modeling.config import ModelConfig
+from popax.modeling.experts import ExpertWeights
+from popax.modeling.layers import SwiGLU, normal, project
+from popax.modeling.routed import routed_experts
+from popax.modeling.router import Router
+from popax.types import SiteFn
+
+
+class ExpertLinear(nnx.Module):
+    """One matrix for each expert, [E, d_in, d_out]. Not a site: adapters act where all tokens of a user pass."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], axes: tuple[str, str], *, std: float, param_dtype: str, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(normal(rngs, shape, std, param_dtype), axes=("expert", *axes))
+
+
+class Experts(nnx.Module):
+    """The MLPs among which the router chooses."""
+
+    def __init__(self, embed_dim: int, config: MoEConfig, *, param_dtype: str, rngs: nnx.Rngs, out_std: float):
+        count, ffw, options = config.num_experts, config.expert_ffw_dim, {"param_dtype": param_dtype, "rngs": rngs}
+        in_std = 1 / math.sqrt(embed_dim)
+        wide, narrow = (count, embed_dim, ffw), (count, ffw, embed_dim)
+        self.gate_proj = ExpertLinear(wide, ("embed", "expert_ffw"), std=in_std, **options)
+        self.up_proj = ExpertLinear(wide, ("embed", "expert_ffw"), std=in_std, **options)
+        self.down_proj = ExpertLinear(narrow, ("expert_ffw", "embed"), std=out_std, **options)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        return ExpertWeights(*(part.kernel[...] for part in (self.gate_proj, self.up_proj, self.down_proj)))
+
+
+class MoE(nnx.Module):
+    """y = sum over the chosen experts of weight * mlp_e(x), plus the shared MLP of x where there is one."""
+
+    def __init__(self, name: str, config: ModelConfig, moe: MoEConfig, *, rngs: nnx.Rngs, shrink: float):
+        options = {"param_dtype": config.param_dtype, "rngs": rngs}
+        self.router = Router(f"{name}.router", config.embed_dim, moe, **options)
+        out_std = shrink / math.sqrt(moe.expert_ffw_dim)
+        self.experts = Experts(config.embed_dim, moe, **options, out_std=out_std)
+        dims, out_std = (config.embed_dim, moe.shared_ffw_dim), shrink / math.sqrt(max(moe.shared_ffw_dim, 1))
+        wanted = {"bias": config.mlp_bias, **options, "out_std": out_std}
+        self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
+
+    def __call__(self, x_BxTxD: jax.Array, site_fn: SiteFn) -> jax.Array:
+        shared = () if self.shared is None else self.shared.inner
+        logits_BxTxE, *inner_BxTxF = project(x_BxTxD, site_fn, self.router, *shared)
+        expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]))
+        x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+        y_BxTxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights).reshape(x_BxTxD.shape)
+        if self.shared is None:
+            return y_BxTxD
+        gate_BxTxF, up_BxTxF = inner_BxTxF
+        return y_BxTxD + self.shared.outer(gate_BxTxF, up_BxTxF, site_fn)

@@ -1,0 +1,74 @@
+"""The steps of a plan on eight devices of this host: they compile, keep their places, and users stay apart."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from popax.adapters.base import AdapterConfig
+from popax.modeling.config import ModelConfig
+from popax.plan.collectives import collectives, crossing
+from popax.plan.config import STEPS, MeshShape, PlanConfig
+from popax.plan.hlo import parse
+from popax.plan.steps import StepBuilder
+
+MODEL = ModelConfig(vocab_size=64, embed_dim=16, ffw_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+# Eight devices; the slice's kind does not matter here.
+CONFIG = PlanConfig(
+    topology="v5e:2x4",
+    mesh=MeshShape(population=2, fsdp=2, tensor=2),
+    users=8,
+    rows=2,
+    tokens=16,
+    adapter=AdapterConfig(rank=2, targets=(r"layers\..*_proj", "lm_head")),
+    slots=4,
+    decode_rows=4,
+    prefill_rows=4,
+    prefill_tokens=16,
+    cache_length=32,
+)
+
+
+def build(config, name):
+    sizes = config.mesh.sizes
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(tuple(sizes.values())), tuple(sizes))
+    built = StepBuilder.of(config, MODEL, mesh).build(name)
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(built.call, donate_argnums=built.donated, out_shardings=built.results)
+        return name, built, jitted.lower(*built.operands.values()).compile()
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def step(request):
+    return build(CONFIG, request.param)
+
+
+def test_users_lie_over_population_and_fsdp_and_weights_over_fsdp_and_tensor(step):
+    name, built, _ = step
+    spread = ("population", "fsdp", "expert") if name == "train" else "population"
+    lead = 0 if name == "train" else 1
+    q_proj = built.operands["adapters"]["layers.attn.q_proj"]
+    assert q_proj["a"].sharding.spec[lead] == spread
+    assert q_proj["b"].sharding.spec[-1] == "tensor"
+    assert built.operands["base"]["layers"]["attn"]["q_proj"]["kernel"].sharding.spec[-1] == "tensor"
+
+
+def test_what_the_next_call_takes_lies_as_it_did(step):
+    name, built, compiled = step
+    state, rest = compiled.output_shardings if name == "train" else compiled.output_shardings[::-1]
+    given = built.operands["adapters"] if name == "train" else built.operands["cache"]
+    kept = state.adapters if name == "train" else state
+    assert rest is not None
+    assert jax.tree.map(lambda leaf: leaf.sharding, given) == kept
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_but_metrics_crosses_the_population(name):
+    """Without `tensor`, beside which this host's partitioner, unlike a TPU's, rearranges the token ids of all users."""
+    config = dataclasses.replace(CONFIG, mesh=MeshShape(population=2, fsdp=4))
+    _, _, compiled = build(config, name)
+    found = collectives(parse(compiled.as_text()), config.mesh.sizes)
+    assert any(one.axes == ("fsdp",) for one in found)
+    assert crossing(found, "population", CONFIG.users) == []
