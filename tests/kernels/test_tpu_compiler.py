@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from popax.bench.kernels.environment import TOPOLOGIES
+from popax.kernels.table import OPS
 
 pytestmark = [
     pytest.mark.aot,
@@ -22,34 +23,39 @@ REASONS = ("rank 1", "bytes of VMEM", "a matrix gathered for every row", "g woul
 MOST_SKIPPED = 0.12
 
 
-@pytest.fixture(scope="module", params=TOPOLOGIES)
-def rows(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("kernels") / "report.json"
-    command = [sys.executable, "-m", "popax.bench.kernels", "--topology", request.param, "--json", str(path)]
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_op_and_spec(topology, tmp_path):
+    """One test a topology, since its report is what takes the time: compiled or skipped for a reason, memory, slots."""
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "popax.bench.kernels", "--topology", topology, "--json", str(path)]
     done = subprocess.run([*command, "--implementations", "pallas"], capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["op"] for row in rows} == {op.name for op in OPS if "pallas_tpu" in op.implementations}
 
-
-def test_every_shape_compiles_or_names_its_reason(rows):
     assert [row for row in rows if "failed" in row] == []
     skipped = [row for row in rows if "skipped" in row]
-    assert all(any(reason in row["skipped"] for reason in REASONS) for row in skipped)
+    assert [row for row in skipped if not any(reason in row["skipped"] for reason in REASONS)] == []
     assert len(skipped) <= MOST_SKIPPED * len(rows)
+    assert _held_too_much(rows) == {}
+    assert _grown_with_slots(rows) == []
 
 
-def test_memory_is_the_logical_bytes(rows):
-    """No padding of ranks, no gathered copy: arguments + temporaries <= 1.15 x the operands, toys aside."""
+def _held_too_much(rows):
+    """No padding of ranks, no gathered copy: arguments + temporaries <= 1.15 x the operands.
+
+    Toys aside: they are 64 columns wide, half of the lanes.
+    """
     held = {(row["op"], row["spec"]): row["held_over_logical"] for row in rows if "bytes" in row}
-    # Toys are 64 columns wide, half of the lanes.
-    assert {key: value for key, value in held.items() if value > 1.15 and "toy" not in key[1]} == {}
+    return {key: value for key, value in held.items() if value > 1.15 and "toy" not in key[1]}
 
 
-def test_work_does_not_grow_with_slots(rows):
+def _grown_with_slots(rows):
     """8 -> 4,096 slots: declared and counted FLOPs and bytes of decode and of grouped rows within 5%.
 
     The pool's own gradient, which JAX wants whole, is what grows in the backward: its bytes are in the floor.
     """
+    grown = []
     for op, name in (
         ("indexed_lora.decode", "qwen3_8b_q_256_in_{distinct}_of_{slots}_r16"),
         ("indexed_lora.grouped", "qwen3_8b_q_proj_8192_over_{slots}_r16"),
@@ -57,6 +63,7 @@ def test_work_does_not_grow_with_slots(rows):
     ):
         names = [name.format(distinct=min(slots, 256), slots=slots) for slots in (8, 4096)]
         few, many = ({row["spec"]: row for row in rows if row["op"] == op}[each] for each in names)
-        assert many["flops"] <= 1.05 * few["flops"]
-        grown = many["floor_bytes"] - few["floor_bytes"] if op.endswith("backward") else 0
-        assert many["bytes"] - grown <= 1.05 * few["bytes"]
+        results = many["floor_bytes"] - few["floor_bytes"] if op.endswith("backward") else 0
+        if many["flops"] > 1.05 * few["flops"] or many["bytes"] - results > 1.05 * few["bytes"]:
+            grown.append((few, many))
+    return grown
