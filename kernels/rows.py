@@ -37,19 +37,8 @@ def places(mask_M: jax.Array, most: int) -> jax.Array:
 def segment_sums(value_M: jax.Array, key_M: jax.Array, segments: int) -> jax.Array:
     """sum of value over the rows of each key: [segments]; zero where a key has none, keys beyond are left out.
 
-    A segmented scan over the rows in order of their keys, and not a scatter: no sum ever meets another segment's
-    values, so that a NaN stays where it is, and the order of the additions is fixed.
+    One fused comparison of all pairs, and not a scatter: no sum ever meets another segment's values, so that a NaN
+    stays where it is, and the order of the additions is fixed. Pairs are few beside what a row's features cost.
     """
-    order_M = jnp.argsort(key_M, stable=True)
-    sorted_M = key_M[order_M]
-
-    def combine(left, right):
-        (left_begins, left_sum), (right_begins, right_sum) = left, right
-        return left_begins | right_begins, jnp.where(right_begins, right_sum, left_sum + right_sum)
-
-    _, sum_M = jax.lax.associative_scan(combine, (starts(sorted_M), value_M[order_M]))
-    segment_S = jnp.arange(segments, dtype=sorted_M.dtype)
-    end_S = search(sorted_M, segment_S, side="right") - 1
-    last_S = jnp.maximum(end_S, 0)
-    found_S = (end_S >= 0) & (sorted_M[last_S] == segment_S)
-    return jnp.where(found_S, sum_M[last_S], jnp.zeros((), value_M.dtype))
+    own_SxM = jnp.arange(segments, dtype=key_M.dtype)[:, None] == key_M[None]
+    return jnp.sum(jnp.where(own_SxM, value_M[None], jnp.zeros((), value_M.dtype)), axis=1)

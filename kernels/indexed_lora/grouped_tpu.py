@@ -81,7 +81,7 @@ def backward(
     da_SxRxD = _outer(owned, gb_RxM, x_MxD, scale_S, a_SxRxD, blocks, interpret)
     db_SxRxF = _outer(owned, h_RxM, g_MxF, scale_S, b_SxRxF, blocks, interpret)
     key_M = nobody(slot_M, slots)
-    live_RxM = jnp.arange(rank)[:, None] < jnp.concatenate([rank_S, jnp.zeros((1,), rank_S.dtype)])[key_M][None, :]
+    live_RxM = jnp.arange(rank)[:, None] < groups.rank_of_rows(units, rows)[None]
     # Where no unit came by, h holds anything.
     products_RxM = jnp.where(live_RxM, gb_RxM.astype(jnp.float32) * h_RxM.astype(jnp.float32), 0.0)
     ds_S = segment_sums(jnp.sum(products_RxM, axis=0), key_M, slots)

@@ -61,3 +61,10 @@ def by_slot(units: Units, chunks: int) -> Units:
     )
     count = jnp.maximum(jnp.sum(owned_U), 1).astype(jnp.int32)[None]
     return Units(count, *(field[order_U] for field in units[1:]))
+
+
+def rank_of_rows(units: Units, rows: int) -> jax.Array:
+    """int32 [rows]: the rank of each row's slot, 0 where it has none; from the units, of which there are few."""
+    row_1xM = jnp.arange(rows, dtype=jnp.int32)[None]
+    inside_UxM = (units.first_U[:, None] <= row_1xM) & (row_1xM < units.end_U[:, None]) & (units.chunk_U == 0)[:, None]
+    return jnp.sum(jnp.where(inside_UxM, units.rank_U[:, None], 0), axis=0)
