@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable
@@ -16,13 +17,17 @@ from popax.bench.kernels.environment import ENVIRONMENT
 from popax.errors import ConfigError
 from popax.kernels.op import nbytes
 
+_HLO_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counted:
     """What the compiler counts for one program on one device, in bytes and operations.
 
     operand_bytes is the logical size; arguments and temporaries are what the device holds. vmem_bytes: the largest
-    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration.
+    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration; bytes
+    without staged_bytes, its own copying of operands and results through VMEM, which it does where it finds time for it
+    and counts several times over, beside the reader's count.
     """
 
     operand_bytes: int
@@ -31,6 +36,7 @@ class Counted:
     vmem_bytes: int
     flops: int
     bytes: int
+    staged_bytes: int
 
     @property
     def held_over_logical(self) -> float:
@@ -62,15 +68,17 @@ def count(call: Callable[..., Any], operands: tuple[Any, ...], mesh: Mesh, donat
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), operands)
     with jax.set_mesh(mesh):
         compiled = jax.jit(call, donate_argnums=donated, keep_unused=True).lower(*placed).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
     assert memory is not None, "the TPU compiler always has an analysis of memory"
+    staged = _staged_bytes(text)
     return Counted(
         operand_bytes=nbytes(operands),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        vmem_bytes=_vmem_bytes(compiled.as_text() or ""),
+        vmem_bytes=_vmem_bytes(text),
         flops=int(cost.get("flops", 0)),
-        bytes=int(cost.get("bytes accessed", 0)),
+        bytes=int(cost.get("bytes accessed", 0)) - staged,
+        staged_bytes=staged,
     )
 
 
@@ -79,3 +87,20 @@ def _vmem_bytes(text: str) -> int:
     scopes = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', text)
     sizes = [int(size) for scope in scopes for size in re.findall(r'"memory_space":"1"[^}]*"size":"(\d+)"', scope)]
     return max(sizes, default=0)
+
+
+def _staged_bytes(text: str) -> int:
+    """What the compiler's sum has for asynchronous copies between HBM and memory space 1 (VMEM).
+
+    A whole array counts four times, a slice three times: operands and results of the start and of the done.
+    """
+    starts = re.findall(r" = \((\w+\[[\d,]*\])(\{[^}]*\}, [^=]*?) copy-start\(", text)
+    slices = re.findall(r" = (\w+\[[\d,]*\])\{[^}]*S\(1\)\} slice-done\(", text)
+    whole = [shape for shape, rest in starts if "S(1)" in rest]
+    return 4 * sum(map(_array_bytes, whole)) + 3 * sum(map(_array_bytes, slices))
+
+
+def _array_bytes(shape: str) -> int:
+    """Of a shape as HLO writes it: "bf16[8192,4096]"."""
+    name, sizes = shape.rstrip("]").split("[")
+    return math.prod(int(size) for size in sizes.split(",") if size) * _HLO_BYTES[name]

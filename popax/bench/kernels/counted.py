@@ -73,6 +73,7 @@ def _row(topology: str, mesh, op: Op, spec: Any, name: str, call: Callable[..., 
         "held_over_logical": counted.held_over_logical,
         "vmem_bytes": counted.vmem_bytes,
         "bytes": counted.bytes,
+        "staged_bytes": counted.staged_bytes,
         "flops": counted.flops,
     }
 
