@@ -61,3 +61,19 @@ class StorageError(CatalogError):
 
 class PlanError(PopaxError):
     """A step cannot be compiled ahead of time: the compiler, or the process that runs it, gave up."""
+
+
+class Preempted(PopaxError):
+    """SIGTERM asked the run to stop, and it has saved all it had; the same command goes on from there."""
+
+    exit_code = 143  # 128 + SIGTERM, as shells have it
+
+
+class ProcessError(PopaxError):
+    """Several processes run as one, and another one of them met an error; its message says which and what."""
+
+
+class ProcessLostError(ProcessError):
+    """Another process of the run ended or stopped answering; the run resumes when all are started again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command, repeated, goes on

@@ -1,10 +1,12 @@
 """Logical axis names -> mesh axes, in one place."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from popax.errors import ConfigError
@@ -56,6 +58,27 @@ class ShardingRules:
     def sharding(self, axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
         """`spec` bound to the mesh."""
         return NamedSharding(mesh, self.spec(axes, mesh))
+
+
+def make_mesh(text: str | None) -> Mesh:
+    """A mesh over all devices of all processes: "population=4,fsdp=2", or None for all of them along population.
+
+    The first axis is the slowest: with population first, a process has whole members as far as it can. Raises
+    ConfigError for an axis that no rule names, and where the sizes do not multiply to the number of devices.
+    """
+    known = {name for _, axes in DEFAULT_RULES for name in ((axes,) if isinstance(axes, str) else axes or ())}
+    sizes = {}
+    for part in (text or f"population={jax.device_count()}").split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in known or not size.isdigit() or int(size) < 1 or name in sizes:
+            raise ConfigError(f"mesh {text!r}: AXIS=SIZE,... with each of {', '.join(sorted(known))} at most once")
+        sizes[name] = int(size)
+    if (wanted := math.prod(sizes.values())) != jax.device_count():
+        raise ConfigError(
+            f"mesh {text!r} is of {wanted} devices, there are {jax.device_count()} in {jax.process_count()} processes: "
+            "the sizes multiply to their number"
+        )
+    return Mesh(np.array(jax.devices()).reshape(tuple(sizes.values())), tuple(sizes))
 
 
 def shard_tree(tree: Any, shardings: Any) -> Any:

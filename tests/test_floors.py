@@ -16,6 +16,7 @@ FLOORS = {
     "popax.trees": 0,
     "popax.compat": 0,
     "popax.sharding": 1,
+    "popax.distributed": 1,
     "popax.kernels": 1,
     "popax.modeling": 2,
     "popax.adapters.base": 2,

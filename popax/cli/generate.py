@@ -2,8 +2,13 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from popax.cli.main import add_json, write_output
+from popax.cli.processes import add_processes, open_mesh
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 NAME = "generate"
 HELP = "Continue a prompt for several users at once, each with their own adapter."
@@ -31,11 +36,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample among the likeliest of mass P")
     parser.add_argument("--seed", type=int, default=0, help="row i samples with seed + i")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's path, or byte (default: the base's)")
+    add_processes(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    with open_mesh(args) as mesh:
+        return _run(args, mesh)
+
+
+def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     from popax.data.tokenize import load_tokenizer
+    from popax.distributed.group import ProcessGroup
     from popax.errors import ConfigError
     from popax.modeling.base import load_base
     from popax.serving.sampling import Sampling
@@ -50,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     rows = generate_text(
-        load_base(args.base),
+        load_base(args.base, mesh=mesh),
         load_tokenizer(args.tokenizer or args.base),
         Catalog.open(args.catalog, read_only=True) if args.catalog else None,
         users,
@@ -58,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         seed=args.seed,
+        mesh=mesh,
     )
+    if not ProcessGroup.current().leads:
+        return 0
     if args.json:
         write_output(args.json, json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n")
     for row in rows:

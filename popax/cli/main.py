@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import popax
-from popax.errors import PopaxError
+from popax.cli.processes import leave, supervised
+from popax.errors import PopaxError, Preempted, ProcessError
 
 COMMANDS: dict[str, str] = {
     "demo": "popax.cli.demo",
@@ -36,9 +37,12 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C."""
+    """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C, 143 after
+    SIGTERM, 75 where another process of the run is lost."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_named_command(arguments)).parse_args(arguments)
+    if (code := supervised(args, arguments)) is not None:
+        return code
     if not args.debug:
         _quiet()
     try:
@@ -48,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         saved = str(interrupt) or "what was committed or checkpointed before stays, nothing is half-written"
         print(f"\ninterrupted: {saved}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Preempted as preempted:
+        print(f"\npreempted: {preempted}", file=sys.stderr)
+        return preempted.exit_code
     except BrokenPipeError:
         # The reader went away (`popax users | head`); keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PopaxError, OSError) as error:
         if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code if isinstance(error, PopaxError) else EXIT_ERROR
+        named = f"{type(error).__name__}: " if isinstance(error, ProcessError) else ""
+        print(f"error: {named}{' '.join(str(error).split())}", file=sys.stderr)
+        code = error.exit_code if isinstance(error, PopaxError) else EXIT_ERROR
+        leave(args, code)
+        return code
 
 
 def _quiet() -> None:

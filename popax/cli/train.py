@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 from popax.cli.eval import add_data, finish
 from popax.cli.gin_door import GinDoor, add_arguments
 from popax.cli.main import add_json
+from popax.cli.processes import add_processes, open_mesh
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from popax.training.session import Session
 
 NAME = "train"
@@ -33,26 +36,42 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--users_with_at_least", type=int, default=0, metavar="N", help="only users with N examples")
     parser.add_argument("--everyone", action="store_true", help="also users without new data since their revision")
     parser.add_argument("--no_table", action="store_true", help="neither train the shared adapter nor compare")
+    add_processes(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    with open_mesh(args) as mesh:
+        return _run(args, mesh)
+
+
+def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
+    from popax.distributed.group import ProcessGroup
+    from popax.errors import ConfigError, Preempted
     from popax.training.interrupt import StopOnSignal
 
-    started = time.monotonic()
+    started, group = time.monotonic(), ProcessGroup.current()
+    if group.count > 1 and not args.no_table:
+        raise ConfigError(
+            f"the table is not made by {group.count} processes: give --no_table, then run popax eval in one process"
+        )
     door = GinDoor([WIRING, *args.gin_file], args.gin_param)
-    session = _open(args, door)
+    session = _open(args, door, mesh)
     place = args.catalog or str(session.directory / "catalog")
     with StopOnSignal() as stop:
         report = session.train(
             everyone=args.everyone, save_config=lambda: door.save(session.directory), stop_requested=stop
         )
     trained = len(report.trained)
-    if stop():
-        raise KeyboardInterrupt(
+    if not report.finished:
+        saved = (
             f"{trained} users are committed in {place}, those in training are checkpointed in {session.directory} "
             f"(iteration {report.iterations}); the same command continues from there"
         )
+        # One process's signal is everybody's.
+        raise Preempted(saved) if group.any(stop.preempted) else KeyboardInterrupt(saved)
+    if not group.leads:
+        return 0
     print(
         f"{place}: {trained} users trained in {report.iterations} iterations, {report.up_to_date} up to date, "
         f"{len(report.nothing_to_learn)} with nothing to learn from"
@@ -74,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _open(args: argparse.Namespace, door: GinDoor) -> "Session":
+def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Session":
     from popax.adapters.cohort import Cohort
     from popax.data.pipeline import PipelineConfig, UserPipeline
     from popax.data.records import Columns
     from popax.data.tokenize import load_tokenizer
+    from popax.distributed.group import ProcessGroup
     from popax.evaluation.columns import EvalConfig
     from popax.modeling.base import load_base
     from popax.store.catalog import Catalog
@@ -89,18 +109,20 @@ def _open(args: argparse.Namespace, door: GinDoor) -> "Session":
     out = Path(args.out)
     config, data, columns = door.build(TrainConfig), door.build(PipelineConfig), door.build(Columns)
     evaluation = door.build(EvalConfig)
-    base, tokenizer = load_base(args.base), load_tokenizer(args.tokenizer or args.base)
+    base, tokenizer = load_base(args.base, mesh=mesh), load_tokenizer(args.tokenizer or args.base)
     # What does not fit is refused before anything is read or written.
     check_fits(base.model, tokenizer, data.seq_len)
     Cohort.of(config.adapter, base.model.sites())
-    dataset = open_users(args.data, out / "data", columns, progress=sys.stderr.isatty())
+    first = ProcessGroup.current().leader_first
+    dataset = first(lambda: open_users(args.data, out / "data", columns, progress=sys.stderr.isatty()))
     users = select_users(dataset, at_least=args.users_with_at_least)
     return Session(
         base=base,
         pipeline=UserPipeline(dataset, tokenizer, data),
         config=config,
         evaluation=evaluation,
-        catalog=Catalog.open(args.catalog or str(out / "catalog"), create=True),
+        catalog=first(lambda: Catalog.open(args.catalog or str(out / "catalog"), create=True)),
         users=users,
         directory=out,
+        mesh=mesh,
     )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.errors import DataError
 from popax.modeling.cache import Cache, init_cache
@@ -32,8 +34,12 @@ def generate(
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     end_id: int | None = None,
+    mesh: Mesh | None = None,
 ) -> list[Generated]:
     """Continue each prompt. adapt: NO_ADAPT, or `bind_slots` with a slot for each row.
+
+    mesh: the one that params lie on; its axis `population` spreads the rows, where it divides their number. Where it is
+    of several processes, all of them call this with the same arguments and get the same rows.
 
     seeds: one a row (default 0, 1, ...). Lengths are padded to powers of two, so that few shapes are compiled.
     Raises DataError for an empty batch, a prompt that is empty, holds a token outside the vocabulary or does not fit
@@ -57,12 +63,31 @@ def generate(
         positions_BxT[row, : len(prompt)] = np.arange(len(prompt))
     seeds = range(len(prompts)) if seeds is None else seeds
     keys_B = jax.vmap(jax.random.key)(np.asarray(list(seeds), np.uint32))
-    out_BxT = np.asarray(
-        _generate(
-            model, sampling, steps, -1 if end_id is None else end_id, params, adapt, tokens_BxT, positions_BxT, keys_B
-        )
-    )[:, :max_new_tokens]
-    return [_cut(row, end_id) for row in out_BxT]
+    static = (model, sampling, steps, -1 if end_id is None else end_id)
+    if mesh is None:
+        out_BxT = np.asarray(_generate(*static, params, adapt, tokens_BxT, positions_BxT, keys_B))
+    else:
+        over, everywhere = _row_shardings(mesh, len(prompts))
+        adapt = jax.tree.map(lambda leaf: _spread(leaf, everywhere), adapt)
+        tokens_BxT, positions_BxT = _spread(tokens_BxT, over), _spread(positions_BxT, over)
+        keys_B = jax.random.wrap_key_data(_spread(jax.random.key_data(keys_B), over))
+        with jax.set_mesh(mesh):
+            out_BxT = _generate(*static, params, adapt, tokens_BxT, positions_BxT, keys_B)
+            out_BxT = np.asarray(multihost_utils.process_allgather(out_BxT, tiled=True))
+    return [_cut(row, end_id) for row in out_BxT[:, :max_new_tokens]]
+
+
+def _row_shardings(mesh: Mesh, rows: int) -> tuple[NamedSharding, NamedSharding]:
+    """(of arrays [rows, ...], of what is everybody's)."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    spreads = "population" in mesh.axis_names and rows % mesh.shape["population"] == 0
+    return NamedSharding(mesh, PartitionSpec("population")) if spreads else everywhere, everywhere
+
+
+def _spread(value: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A value that every process has, as one array of all of them."""
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _check_request(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from popax.data.tokenize import Tokenizer
 from popax.modeling.base import Base
 from popax.serving.generate import generate
@@ -32,10 +34,11 @@ def generate_text(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> list[GeneratedText]:
     """One batch, a row for each user ("base", "user" or "user@revision") and prompt; row i samples with seed + i.
 
-    catalog: None where every row is the base's. Errors as `load_rows` and `generate`.
+    catalog: None where every row is the base's. mesh: as in `generate`. Errors as `load_rows` and `generate`.
     """
     requests = [Request(None) if catalog is None else parse_request(user, catalog) for user in users]
     pool, slots = (None, [-1] * len(users)) if catalog is None else load_rows(catalog, requests, base.digest)
@@ -48,6 +51,7 @@ def generate_text(
         sampling=sampling,
         seeds=[(seed + row) % 2**32 for row in range(len(users))],
         end_id=tokenizer.eos_id,
+        mesh=mesh,
     )
     manifests = [None if pool is None or slot < 0 else pool.manifests[slot] for slot in slots]
     return [

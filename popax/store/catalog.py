@@ -9,16 +9,16 @@ import tensorstore as ts
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import BaseMismatchError, CatalogError, CorruptRevisionError, RevisionNotFoundError
 from popax.store.cohort import StoredCohort, cohort_id
-from popax.store.database import Database
+from popax.store.database import Database, storage_errors
 from popax.store.layout import RowLayout
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.reader import all_users, read_manifests, read_rows, read_users, revisions_of
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
-from popax.store.writer import Commit, write
+from popax.store.writer import Commit, Revision, publish, stage, write
 from popax.types import AdapterState
 
-__all__ = ["Catalog", "Commit"]
+__all__ = ["Catalog", "Commit", "Revision"]
 
 Loaded = tuple[AdapterState, Manifest]
 
@@ -102,10 +102,34 @@ class Catalog:
         where a parent is not the latest or another writer came first, PopulationError where an adapter does not fit
         the cohort, StorageError where the disk is full or the store refuses.
         """
+        self._check_writable(cohort)
+        return write(self._database, cohort, commits) if commits else []
+
+    def stage_batch(self, cohort: StoredCohort, commits: Sequence[Commit], *, shard: int) -> list[Revision]:
+        """Write these revisions' rows into a shard, without making them revisions: `publish` does, for many shards.
+
+        One writer a shard. What is staged and never published is seen by nobody. Errors as `commit_batch`.
+        """
+        self._check_writable(cohort)
+        if not commits:
+            return []
+        with storage_errors(self._database.place):
+            self._database.create_rows(cohort.id, cohort.layout.row_bytes, shard)
+        return stage(self._database, cohort, commits, shard)
+
+    def publish(self, cohort: StoredCohort, staged: Sequence[Revision], *, shards: int) -> list[Manifest]:
+        """Staged revisions of any of the first `shards` shards become the users' next ones, in one transaction.
+
+        Errors as `commit_batch`.
+        """
+        self._check_writable(cohort)
+        self._database.declare_shards(shards)
+        return publish(self._database, cohort, staged) if staged else []
+
+    def _check_writable(self, cohort: StoredCohort) -> None:
         if self._read_only:
             raise CatalogError(f"cannot commit: {self._database.place!r} was opened read-only")
         self._registry.known(cohort.id)
-        return write(self._database, cohort, commits) if commits else []
 
     def exists(self, user: str) -> bool:
         """Whether the user has a revision."""
@@ -133,18 +157,19 @@ class Catalog:
 
     def _load(self, requests: Sequence[tuple[str, int | None]], base_digest: str | None) -> list[Loaded]:
         manifests = self._manifests(requests)
-        by_cohort: dict[str, list[int]] = {}
+        by_place: dict[tuple[str, int], list[int]] = {}
         for index, manifest in enumerate(manifests):
             if base_digest is not None and manifest.base_digest != base_digest:
                 raise BaseMismatchError(
                     f"{manifest.shown} was made for the base {manifest.base_digest}, not for {base_digest}; load that "
                     "base, or train the user on this one"
                 )
-            by_cohort.setdefault(manifest.cohort, []).append(index)
+            by_place.setdefault((manifest.cohort, manifest.shard), []).append(index)
         adapters: dict[int, AdapterState] = {}
-        for name, indices in by_cohort.items():
+        for (name, shard), indices in by_place.items():
             cohort = self._registry.known(name)
-            rows = read_rows(self._database, self._registry.rows(cohort), [manifests[index] for index in indices])
+            stored = self._registry.rows(cohort, shard)
+            rows = read_rows(self._database, stored, [manifests[index] for index in indices])
             adapters |= {index: cohort.layout.unpack(row) for index, row in zip(indices, rows, strict=True)}
         return [(adapters[index], manifest) for index, manifest in enumerate(manifests)]
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import popax
+from popax.distributed.group import ProcessGroup
 from popax.errors import CheckpointError, StorageError
 from popax.store.cohort import StoredCohort
 from popax.store.database import is_local, is_refused
@@ -79,6 +80,8 @@ class CheckpointStore:
             # Not a reader's business: the unfinished save may be another process's, still under way.
             if not read_only:
                 _remove_unfinished(self._directory)
+                # Before another process looks for steps, or begins one.
+                ProcessGroup.current().barrier()
             self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def save(

@@ -15,8 +15,9 @@ from popax.store.records import rows_path
 
 FORMAT = 1
 MARKER = "popax_catalog.json"
-# A catalog of one shard; users go to shards by hash, so that more shards are more databases beside this one.
-SHARD = "shard_00000/"
+# Shard 0 holds all that is small: users, manifests, cohorts; and the rows of a single writer. Each further process of a
+# run writes its rows into a shard of its own, a database that holds nothing else.
+SHARDS = "shard_{:05d}/"
 
 # OCDBT's default of 8 MiB per B-tree node makes a single commit rewrite, and a cold load read, megabytes: measured at
 # 50,000 users 43 ms a commit and 1.0 MB a cold load, against 3.1 ms and 26 KB with 64 KiB nodes. Both values are
@@ -42,11 +43,27 @@ class Database:
     that one is committed apart, even where the transaction as a whole is refused.
     """
 
-    def __init__(self, place: str, spec: dict[str, Any], context: ts.Context):
+    def __init__(self, place: str, root: ts.KvStore.Spec, context: ts.Context):
         self.place = place
-        self.kvstore: ts.KvStore = ts.KvStore.open(spec, context=context).result()
-        self._spec = spec
-        self._context = context
+        self._root, self._context = root, context
+        self._shards: dict[int, ts.KvStore] = {}
+        self.kvstore: ts.KvStore = self.shard(0)
+
+    def shard(self, index: int) -> ts.KvStore:
+        """The key-value store of a shard, opened once."""
+        if index not in self._shards:
+            self._shards[index] = ts.KvStore.open(self._spec(index), context=self._context).result()
+        return self._shards[index]
+
+    def _spec(self, shard: int) -> dict[str, Any]:
+        return {"driver": "ocdbt", "base": (self._root / SHARDS.format(shard)).to_json(), "config": OCDBT_CONFIG}
+
+    def declare_shards(self, count: int) -> None:
+        """Write into the marker that there are at least so many shards, before a manifest names one of them."""
+        with storage_errors(self.place):
+            store = ts.KvStore.open(self._root, context=self._context).result()
+            if count > json.loads(store.read(MARKER).result().value)["shards"]:
+                store.write(MARKER, json.dumps({"format": FORMAT, "shards": count}).encode()).result()
 
     @classmethod
     def open(cls, place: str | os.PathLike, *, create: bool, context: ts.Context | None = None) -> "Database":
@@ -70,18 +87,17 @@ class Database:
                 store.write(MARKER, json.dumps({"format": FORMAT, "shards": 1}).encode()).result()
             else:
                 _check_format(name, marker.value)
-            spec = {"driver": "ocdbt", "base": (root / SHARD).to_json(), "config": OCDBT_CONFIG}
-            return cls(name, spec, context)
+            return cls(name, root, context)
 
-    def create_rows(self, cohort: str, row_bytes: int) -> None:
-        """Make the array of a cohort's rows, where there is none."""
-        self._open_rows(cohort, row_bytes, create=True)
+    def create_rows(self, cohort: str, row_bytes: int, shard: int = 0) -> None:
+        """Make the array of a cohort's rows in a shard, where there is none."""
+        self._open_rows(cohort, row_bytes, shard, create=True)
 
-    def rows(self, cohort: str, row_bytes: int) -> ts.TensorStore:
+    def rows(self, cohort: str, row_bytes: int, shard: int = 0) -> ts.TensorStore:
         """A cohort's rows, for reading: uint8 [ROW_CAPACITY, row_bytes], one row a chunk, its bytes as they are."""
-        return self._open_rows(cohort, row_bytes, create=False)
+        return self._open_rows(cohort, row_bytes, shard, create=False)
 
-    def _open_rows(self, cohort: str, row_bytes: int, *, create: bool) -> ts.TensorStore:
+    def _open_rows(self, cohort: str, row_bytes: int, shard: int, *, create: bool) -> ts.TensorStore:
         metadata = {
             "shape": [ROW_CAPACITY, row_bytes],
             "data_type": "uint8",
@@ -93,7 +109,7 @@ class Database:
         }
         spec = {
             "driver": "zarr3",
-            "kvstore": {**self._spec, "path": rows_path(cohort)},
+            "kvstore": {**self._spec(shard), "path": rows_path(cohort)},
             "metadata": metadata,
             "recheck_cached_metadata": False,
         }
@@ -147,8 +163,8 @@ def _check_format(name: str, marker: bytes) -> None:
         found = record["format"], record["shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise CatalogError(f"{name!r}: {MARKER} is not a catalog's marker: {error}") from error
-    if found != (FORMAT, 1):
+    if found[0] != FORMAT:
         raise CatalogError(
-            f"{name!r} is a catalog of format {found[0]} with {found[1]} shards; this popax reads format {FORMAT} "
-            "with 1 shard: use the popax that wrote it, or a newer one"
+            f"{name!r} is a catalog of format {found[0]}; this popax reads format {FORMAT}: use the popax that wrote it, "
+            "or a newer one"
         )

@@ -20,7 +20,10 @@ _IN_FLIGHT = 4096
 
 def stored_form(manifest: Manifest) -> dict[str, Any]:
     """The manifest without what its cohort's record already holds: at a million users that is half of its bytes."""
-    return {name: value for name, value in manifest.to_dict().items() if name not in _OF_COHORT}
+    record = {name: value for name, value in manifest.to_dict().items() if name not in _OF_COHORT}
+    if not manifest.shard:  # what one process writes is as it always was
+        del record["shard"]
+    return record
 
 
 def read_users(database: Database, transaction: ts.Transaction | None, users: Sequence[str]) -> list[UserRecord | None]:
@@ -55,7 +58,7 @@ def read_manifests(
 
 
 def read_rows(database: Database, rows: ts.TensorStore, manifests: Sequence[Manifest]) -> list[np.ndarray]:
-    """The checked rows of manifests of one cohort, uint8 [row_bytes] each.
+    """The checked rows of manifests of one cohort and shard, uint8 [row_bytes] each.
 
     Raises CorruptRevisionError naming the user and the revision, StorageError where the store refuses.
     """

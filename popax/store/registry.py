@@ -21,7 +21,7 @@ class CohortRegistry:
     def __init__(self, database: Database):
         self._database = database
         self._cohorts: dict[str, StoredCohort] = {}
-        self._rows: dict[str, ts.TensorStore] = {}
+        self._rows: dict[tuple[str, int], ts.TensorStore] = {}
 
     def find(self, name: str) -> StoredCohort | None:
         """The cohort of this id, None where the catalog has none."""
@@ -43,13 +43,13 @@ class CohortRegistry:
             raise CatalogError(f"{self._database.place!r} has no cohort {name}; was it registered in another catalog?")
         return cohort
 
-    def rows(self, cohort: StoredCohort) -> ts.TensorStore:
-        """The cohort's rows, uint8 [capacity, row_bytes], for reading."""
-        if cohort.id not in self._rows:
+    def rows(self, cohort: StoredCohort, shard: int = 0) -> ts.TensorStore:
+        """The cohort's rows in a shard, uint8 [capacity, row_bytes], for reading."""
+        if (cohort.id, shard) not in self._rows:
             self.known(cohort.id)
             with storage_errors(self._database.place):
-                self._rows[cohort.id] = self._database.rows(cohort.id, cohort.layout.row_bytes)
-        return self._rows[cohort.id]
+                self._rows[cohort.id, shard] = self._database.rows(cohort.id, cohort.layout.row_bytes, shard)
+        return self._rows[cohort.id, shard]
 
     def shared(self, cohort: StoredCohort) -> AdapterState:
         """The frozen arrays that all of the cohort's users share: {} where its method has none."""

@@ -10,16 +10,16 @@ from popax.adapters.cohort import Cohort
 from popax.modeling.model import Model
 from popax.objectives.sft import sft
 from popax.population.early_stop import observe
-from popax.population.state import PopulationState, selected_adapters
+from popax.population.placement import AXIS, Placement
+from popax.population.state import PopulationState, empty_population, selected_adapters
 from popax.population.step import population_loss, population_step
 from popax.training.config import TrainConfig
-from popax.trees import member, set_member
 
 
 class Programs(NamedTuple):
     """step(base, shared, state, batch) and observe(state, sums) give the new state; loss(base, shared, adapters, batch)
-    gives sums; seat(state, slot, member) gives the new state; take(state, slot) gives what the member keeps, and their
-    counters. The state arguments of step, observe and seat are donated. observe is None without early stopping.
+    gives sums; seat(state, slot, `Placement.seated`) gives the new state; take(state, slot) gives what the member keeps,
+    and their counters, for `Placement.taken`. The state arguments of step, observe and seat are donated. observe is None without early stopping.
     """
 
     step: Callable[..., Any]
@@ -29,21 +29,49 @@ class Programs(NamedTuple):
     take: Callable[..., Any]
 
 
-def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, **step_options: Any) -> Programs:
-    """Jitted functions; nothing is compiled before its first call."""
+def compile_programs(
+    model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None
+) -> Programs:
+    """Jitted functions; nothing is compiled before its first call. placement: by default all on one device."""
+    placement = placement or Placement(config.slots)
     objective = sft(model, remat=config.remat)
-    step = population_step(cohort, objective, config.optimizer, config.schedule, **step_options)
+    over = AXIS if placement.blocks > 1 else None
+    step = population_step(cohort, objective, config.optimizer, config.schedule, spmd_axis_name=over)
+    loss = population_loss(cohort, objective, spmd_axis_name=over)
+    look = functools.partial(observe, config.early_stop) if config.early_stop else None
+    take = functools.partial(_take, placement)
+    if placement.mesh is None:
+        return Programs(
+            step=jax.jit(step, donate_argnums=2),
+            loss=jax.jit(loss),
+            observe=jax.jit(look, donate_argnums=0) if look else None,
+            seat=jax.jit(placement.seat, donate_argnums=0),
+            take=jax.jit(take),
+        )
+    # Said for every result: the state must come back where it was, whatever the partitioner would choose.
+    state = placement.shardings(cohort, abstract_population(cohort, config))
+    users = placement.over_population
     return Programs(
-        step=jax.jit(step, donate_argnums=2),
-        loss=jax.jit(population_loss(cohort, objective, **step_options)),
-        observe=jax.jit(functools.partial(observe, config.early_stop), donate_argnums=0) if config.early_stop else None,
-        seat=jax.jit(set_member, donate_argnums=0),
-        take=jax.jit(_take),
+        step=jax.jit(step, donate_argnums=2, out_shardings=(state, users)),
+        loss=jax.jit(loss, out_shardings=users),
+        observe=jax.jit(look, donate_argnums=0, out_shardings=state) if look else None,
+        seat=jax.jit(placement.seat, donate_argnums=0, out_shardings=state),
+        take=jax.jit(take, out_shardings=users),
     )
 
 
-def _take(state: PopulationState, slot: jax.Array) -> tuple[Any, Any]:
-    one = member(state, slot)
+def abstract_population(cohort: Cohort, config: TrainConfig) -> PopulationState:
+    """The shapes and dtypes of the run's state."""
+    return jax.eval_shape(functools.partial(empty_slots, cohort, config))
+
+
+def empty_slots(cohort: Cohort, config: TrainConfig) -> PopulationState:
+    """The run's state before anyone is seated."""
+    return empty_population(cohort, config.optimizer, config.slots, track_best=config.early_stop is not None)
+
+
+def _take(placement: Placement, state: PopulationState, slot: jax.Array) -> tuple[Any, Any]:
+    one = placement.take(state, slot)
     counters = {"steps": one.step, "skipped": one.skipped}
     if one.best is not None:
         counters |= {"kept_step": one.best.step, "validation_loss": one.best.loss}

@@ -71,6 +71,22 @@ class PopulationWatch:
         self._opened.close()
 
 
+class Unwatched:
+    """In place of a PopulationWatch, where another process shows and records the run."""
+
+    def on_start(self, record: RunRecord, seating: Seating) -> None:
+        """Nothing."""
+
+    def on_round(self, seating: Seating, metrics: Sequence[StepMetrics]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "Unwatched":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was opened."""
+
+
 def users_done(seating: Seating) -> int:
     """Users who have had a seat and left it."""
     return seating.table.next - len(seating.table.occupied)

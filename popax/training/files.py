@@ -1,18 +1,22 @@
 """What a population run reads and writes: revisions in the catalog, checkpoints in its directory."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.cohort import Cohort
 from popax.data.users import UserDataset
+from popax.distributed.group import ProcessGroup
+from popax.errors import CatalogError, StorageError
 from popax.modeling.base import Base
+from popax.population.placement import Placement
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState, selected_adapters
-from popax.store.catalog import Catalog, Commit
+from popax.store.catalog import Catalog, Commit, Revision
 from popax.store.checkpoint import CheckpointStore
 from popax.store.layout import RowLayout
 from popax.training.config import TrainConfig
@@ -35,16 +39,46 @@ class RunFiles:
         catalog: Catalog,
         directory: Path,
         run: str,
+        placement: Placement,
     ):
         self._config, self._dataset, self._catalog, self._run = config, dataset, catalog, run
-        self.shared = shared_arrays(base, cohort, catalog)
+        self._group, self._staged = ProcessGroup.current(), []
+        self.shared = shared_arrays(base, cohort, catalog, placement.mesh)
         layout = RowLayout.of(cohort.abstract())
-        self._stored = catalog.cohort(config.adapter, cohort.specs, base.digest, layout, self.shared or None)
+        self._stored = self._group.leader_first(
+            lambda: catalog.cohort(config.adapter, cohort.specs, base.digest, layout, self.shared or None)
+        )
         self._checkpoints = CheckpointStore(directory / "checkpoints", cohort=self._stored, shared=self.shared)
 
     def commit(self, finished: Sequence[Finished]) -> None:
-        """All of these users in one transaction; runs on the writer's thread."""
-        self._catalog.commit_batch(self._stored, [self._revision(one) for one in finished])
+        """All of these users in one transaction; runs on the writer's thread.
+
+        One of several processes writes their rows into its own shard, where nobody sees them before `publish`.
+        """
+        commits = [self._revision(one) for one in finished]
+        if self._group.count == 1:
+            self._catalog.commit_batch(self._stored, commits)
+        else:
+            self._staged += self._catalog.stage_batch(self._stored, commits, shard=self._group.index)
+
+    def publish(self, failure: BaseException | None) -> None:
+        """What all processes wrote becomes visible in one transaction of process 0's, or nothing does."""
+        if self._group.count == 1:
+            return
+        told = self._group.gather(
+            {"failure": failure and str(failure), "staged": [staged.to_dict() for staged in self._staged]}
+        )
+        failed = [f"process {index}: {one['failure']}" for index, one in enumerate(told) if one["failure"]]
+        if failed:
+            raise StorageError("; ".join(failed)) from failure
+        everyone = [Revision.from_dict(record) for one in told for record in one["staged"]]
+        if self._group.leads:
+            refused = _failure_of(lambda: self._catalog.publish(self._stored, everyone, shards=self._group.count))
+        else:
+            refused = None
+        if said := self._group.gather(refused)[0]:
+            raise StorageError(f"process 0: {said}")
+        self._staged = []
 
     def _revision(self, one: Finished) -> Commit:
         settings = {name: getattr(self._config, name) for name in ("learning_rate", "steps", "clip_norm")}
@@ -68,11 +102,7 @@ class RunFiles:
             adapters=adapters,
             train_state=rest,
             users=seating.table.users,
-            record={
-                "run": self._run,
-                "table": dataclasses.asdict(seating.table),
-                "parents": list(seating.parents),
-            },
+            record={"run": self._run, "table": dataclasses.asdict(seating.table)},
         )
 
     def restore(self, fresh: Seating) -> Seating | None:
@@ -85,7 +115,6 @@ class RunFiles:
         return Seating(
             restored.step,
             SlotTable(users=tuple(table["users"]), since=tuple(table["since"]), next=table["next"]),
-            tuple(restored.record["parents"]),
             _together(restored.adapters, restored.train_state),
         )
 
@@ -93,14 +122,24 @@ class RunFiles:
         self._checkpoints.close()
 
 
-def shared_arrays(base: Base, cohort: Cohort, catalog: Catalog) -> AdapterState:
+def _failure_of(work: Callable[[], object]) -> str | None:
+    try:
+        work()
+    except CatalogError as error:
+        return str(error)
+    return None
+
+
+def shared_arrays(base: Base, cohort: Cohort, catalog: Catalog, mesh: Mesh | None = None) -> AdapterState:
     """What all users of the cohort share: the catalog's own where it has them, so that they are the same bytes."""
     if not cohort.method.shared_axes:
         return {}
     stored = catalog.find_cohort(cohort.config, base.digest, RowLayout.of(cohort.abstract()))
     if stored is not None:
         return catalog.shared(stored)
-    return jax.jit(lambda params: cohort.shared(lambda site: base.model.site_weight(params, site)))(base.params)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    make = lambda params: cohort.shared(lambda site: base.model.site_weight(params, site))  # noqa: E731
+    return jax.jit(make, out_shardings=everywhere)(base.params)
 
 
 def _apart(state: PopulationState) -> tuple[AdapterState, PopulationState]:

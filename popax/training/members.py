@@ -26,14 +26,6 @@ def user_key(seed: int, user: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), np.uint32(word))
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """A member ready to be seated, and the revision it continues (None: fresh)."""
-
-    member: PopulationState
-    parent: int | None
-
-
 class MemberSource:
     """Prepares members ahead of time: fresh ones, or ones that continue the user's latest revision.
 
@@ -55,7 +47,7 @@ class MemberSource:
         self._config, self.steps_of = config, steps_of
         self._catalog, self._base_digest, self._run = catalog, base_digest, run
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
-        self._pending: dict[str, concurrent.futures.Future[Start]] = {}
+        self._pending: dict[str, concurrent.futures.Future[PopulationState]] = {}
         make = lambda key, settings, adapter: init_member(  # noqa: E731
             cohort, config.optimizer, key, settings, adapter=adapter, track_best=config.early_stop is not None
         )
@@ -68,7 +60,7 @@ class MemberSource:
             if user not in self._pending:
                 self._pending[user] = self._pool.submit(self._load, user)
 
-    def start(self, user: str) -> Start:
+    def start(self, user: str) -> PopulationState:
         """This user's member; waits for its load."""
         self.prefetch([user])
         return self._pending.pop(user).result()
@@ -76,7 +68,7 @@ class MemberSource:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, user: str) -> Start:
+    def _load(self, user: str) -> PopulationState:
         settings = hparams(
             learning_rate=self._config.learning_rate,
             clip_norm=self._config.clip_norm,
@@ -85,7 +77,7 @@ class MemberSource:
         key = user_key(self._config.seed, user)
         parent = self._parent(user)
         if parent is None:
-            return Start(self._fresh(key, settings), None)
+            return self._fresh(key, settings)
         assert self._catalog is not None
         adapter, manifest = self._catalog.load(user, parent, base_digest=self._base_digest)
         if AdapterConfig.from_dict(manifest.config) != self._config.adapter:
@@ -94,7 +86,7 @@ class MemberSource:
                 f"{self._config.adapter}: a user continues with the configuration they have; commit to another "
                 "catalog to begin anew with another one"
             )
-        return Start(self._continued(key, settings, adapter), parent)
+        return self._continued(key, settings, adapter)
 
     def _parent(self, user: str) -> int | None:
         if self._catalog is None or not self._catalog.exists(user):
@@ -110,17 +102,24 @@ class Finished:
     user: str
     adapter: AdapterState
     counters: dict[str, Any]
-    parent: int | None
 
 
 class RevisionWriter:
     """Writes finished users behind the training step, several in one transaction.
 
-    `flush` returns when everything handed over is durable; a failed write is raised by the next call.
+    `flush` returns when everything handed over is durable and visible; a failed write is raised by the next call.
+    publish(failure): called by `flush` in all processes of a run, with what failed in this one; it makes visible what
+    `commit` wrote. The default is for a commit that does so itself.
     """
 
-    def __init__(self, commit: Callable[[Sequence[Finished]], None], *, capacity: int = 256):
-        self._commit = commit
+    def __init__(
+        self,
+        commit: Callable[[Sequence[Finished]], None],
+        *,
+        publish: Callable[[BaseException | None], None] = lambda failure: None,
+        capacity: int = 256,
+    ):
+        self._commit, self._publish = commit, publish
         self._queue: queue.Queue[Finished | None] = queue.Queue(capacity)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="popax-write", daemon=True)
@@ -132,8 +131,9 @@ class RevisionWriter:
         self._queue.put(finished)
 
     def flush(self) -> None:
-        """Wait until all that was handed over is committed."""
+        """Wait until all that was handed over is committed, in every process."""
         self._queue.join()
+        self._publish(self._failure)
         self._raise_failure()
 
     def close(self) -> None:

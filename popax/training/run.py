@@ -1,16 +1,23 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
+from popax.distributed.group import ProcessGroup
 from popax.errors import DataError
 from popax.modeling.base import Base
+from popax.population.placement import Placement
 from popax.population.step import StepMetrics
+from popax.sharding import ShardingRules
 from popax.store.catalog import Catalog
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
@@ -41,6 +48,8 @@ def train_population(
     catalog: Catalog,
     users: Sequence[str] | None = None,
     everyone: bool = False,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
     on_start: Callable[[RunRecord, Seating], None] = lambda record, seating: None,
     on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -50,6 +59,10 @@ def train_population(
     Users whose latest revision already covers their data are left out, unless `everyone`. `directory` holds the run's
     record and checkpoints: called again with the same arguments after any kind of stop, the run goes on from the
     latest checkpoint and ends as if it had never stopped. on_start is told where it begins, before the first step.
+
+    mesh: where the population lies, and on which the base was loaded; None is one device. Its axis `population` divides
+    config.slots. A run may go on over another mesh, of other processes. Several processes call this together, each with
+    the same arguments, and see the same files.
     """
     dataset = pipeline.dataset
     names = list(dataset.users()) if users is None else list(users)
@@ -57,10 +70,13 @@ def train_population(
     if not names:
         raise DataError(f"no users to train: nobody has min_examples={config.min_examples} examples")
     cohort = Cohort.of(config.adapter, base.model.sites())
-    record = RunRecord.open(
-        directory,
-        run_settings(base, pipeline, config),
-        lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest, config.adapter),
+    placement, group = Placement(config.slots, mesh, rules), ProcessGroup.current()
+    record = group.leader_first(
+        lambda: RunRecord.open(
+            directory,
+            run_settings(base, pipeline, config),
+            lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest, config.adapter),
+        )
     )
     files = RunFiles(
         base=base,
@@ -70,6 +86,7 @@ def train_population(
         catalog=catalog,
         directory=directory,
         run=record.run,
+        placement=placement,
     )
 
     def steps_of(user: str) -> int:
@@ -77,32 +94,37 @@ def train_population(
         return config.steps_for(rows, pipeline.config.batch_size)
 
     source = MemberSource(cohort, config, steps_of=steps_of, catalog=catalog, base_digest=base.digest, run=record.run)
-    writer = RevisionWriter(files.commit)
+    writer = RevisionWriter(files.commit, publish=files.publish)
     stream = PopulationStream(
         base=base.params,
         shared=files.shared,
         cohort=cohort,
         config=config,
-        programs=compile_programs(base.model, cohort, config),
+        programs=compile_programs(base.model, cohort, config, placement),
         data=pipeline,
         queue=record.queue,
         source=source,
         writer=writer,
+        placement=placement,
         hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
     )
     try:
-        fresh = stream.fresh()
-        continued = files.restore(fresh)
-        on_start(record, continued or fresh)
-        del fresh  # its buffers, as large as the population's
-        end = stream.run(continued)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            fresh = stream.fresh()
+            continued = files.restore(fresh)
+            on_start(record, continued or fresh)
+            del fresh  # its buffers, as large as the population's
+            end = stream.run(continued)
     finally:
         source.close()
         writer.close()
         files.close()
     seated = {user for user in end.table.users if user is not None}
     left = [user for user in record.queue[: end.table.next] if user not in seated]
-    idle = tuple(user for user in left if steps_of(user) == 0)
+    # Each process looks at a part of them: it means reading their text.
+    own = [user for user in left[group.index :: group.count] if steps_of(user) == 0]
+    found = {user for part in group.gather(own) for user in part}
+    idle = tuple(user for user in left if user in found)
     return RunReport(
         run=record.run,
         trained=tuple(user for user in left if user not in idle),

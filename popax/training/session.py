@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
+from popax.distributed.group import ProcessGroup
 from popax.errors import DataError
 from popax.evaluation.catalog import EVERYONE, catalog_columns
 from popax.evaluation.columns import EvalConfig, UserScores
@@ -17,7 +19,7 @@ from popax.modeling.base import Base
 from popax.store.catalog import Catalog
 from popax.store.layout import RowLayout
 from popax.training.config import TrainConfig
-from popax.training.console import PopulationWatch, step_bar
+from popax.training.console import PopulationWatch, Unwatched, step_bar
 from popax.training.files import shared_arrays
 from popax.training.run import RunReport, train_population
 from popax.training.shared_adapter import train_shared_adapter
@@ -34,12 +36,14 @@ class Session:
     catalog: Catalog
     users: Sequence[str]
     directory: Path
+    mesh: Mesh | None = None
 
     def train(
         self, *, everyone: bool, save_config: Callable[[], object], stop_requested: Callable[[], bool]
     ) -> RunReport:
-        """`train_population`, shown and recorded by a PopulationWatch."""
-        with PopulationWatch(self.directory, save_config=save_config) as watch:
+        """`train_population`, shown and recorded by a PopulationWatch, by process 0 alone where there are several."""
+        shows = ProcessGroup.current().leads
+        with PopulationWatch(self.directory, save_config=save_config) if shows else Unwatched() as watch:
             return train_population(
                 self.base,
                 self.pipeline,
@@ -48,6 +52,7 @@ class Session:
                 catalog=self.catalog,
                 users=self.users,
                 everyone=everyone,
+                mesh=self.mesh,
                 on_start=watch.on_start,
                 on_round=watch.on_round,
                 stop_requested=stop_requested,

@@ -7,17 +7,18 @@ so that a run resumed from any checkpoint is bitwise the run that was never stop
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from popax.adapters.cohort import Cohort
+from popax.distributed.group import ProcessGroup
+from popax.population.placement import Placement
 from popax.population.slots import SlotTable
-from popax.population.state import PopulationState, empty_population
+from popax.population.state import PopulationState
 from popax.population.step import StepMetrics
-from popax.training.compiled import Programs
+from popax.training.compiled import Programs, empty_slots
 from popax.training.config import TrainConfig
 from popax.training.members import Finished, MemberSource, RevisionWriter
 from popax.types import AdapterState, Batch, Params
@@ -31,17 +32,19 @@ class UserData(Protocol):
 
 
 class Seating(NamedTuple):
-    """Where a run stands: `iteration` of the population, the seats, and what each seat's user continues."""
+    """Where a run stands: `iteration` of the population, and the seats."""
 
     iteration: int
     table: SlotTable
-    parents: tuple[int | None, ...]
     state: PopulationState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hooks:
-    """What a run tells the outside: after each iteration, each round (with the round's metrics), each checkpoint."""
+    """What a run tells the outside: after each round (with the round's metrics) and at each checkpoint.
+
+    stop_requested: of this process; all stop where one does, after the same round.
+    """
 
     on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None
     save: Callable[[Seating], None] = lambda seating: None
@@ -49,7 +52,11 @@ class Hooks:
 
 
 class PopulationStream:
-    """Trains a queue of users through the slots of one compiled step."""
+    """Trains a queue of users through the slots of one compiled step.
+
+    Where several processes run it together, each has the same table and calls the same programs in the same order; it
+    reads the text, loads the members and writes the revisions of its own slots only.
+    """
 
     def __init__(
         self,
@@ -63,22 +70,22 @@ class PopulationStream:
         queue: Sequence[str],
         source: MemberSource,
         writer: RevisionWriter,
+        placement: Placement,
         hooks: Hooks | None = None,
-        place: Callable[[Any], Any] = lambda tree: tree,
     ):
         self._base, self._shared, self._cohort, self._config = base, shared, cohort, config
         self._programs, self._data, self._queue = programs, data, list(queue)
         self._source, self._writer, self._hooks = source, writer, hooks or Hooks()
-        self._place = place
+        self._placement, self._group = placement, ProcessGroup.current()
         self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
 
     def fresh(self) -> Seating:
         """All slots empty, nobody trained."""
-        slots = self._config.slots
-        state = empty_population(
-            self._cohort, self._config.optimizer, slots, track_best=self._config.early_stop is not None
-        )
-        return Seating(0, SlotTable.empty(slots), (None,) * slots, self._place(state))
+        state = jax.eval_shape(lambda: empty_slots(self._cohort, self._config))
+        shardings = self._placement.shardings(self._cohort, state)
+        make = lambda: empty_slots(self._cohort, self._config)  # noqa: E731
+        state = make() if shardings is None else jax.jit(make, out_shardings=shardings)()
+        return Seating(0, SlotTable.empty(self._config.slots), state)
 
     def run(self, seating: Seating | None = None) -> Seating:
         """Train everyone in the queue. Returns early, after a checkpoint, when a stop is requested."""
@@ -87,9 +94,10 @@ class PopulationStream:
             while seating.table.occupied:
                 seating, metrics = self._round(seating)
                 self._hooks.on_round(seating, metrics)
-                if self._hooks.stop_requested() or self._at_checkpoint(seating):
+                stop = self._group.any(self._hooks.stop_requested())
+                if stop or self._at_checkpoint(seating):
                     self._checkpoint(seating)
-                if self._hooks.stop_requested():
+                if stop:
                     return seating
             self._checkpoint(seating)
             return seating
@@ -117,45 +125,49 @@ class PopulationStream:
             metrics.append(step_metrics)
             iteration += 1
         seating = seating._replace(iteration=iteration, state=self._validate(state, table))
-        return self._seat(self._write_back(seating)), metrics
+        return self._seat(self._write_back(seating)), self._placement.host(metrics)
 
     def _submit(self, table: SlotTable, iteration: int) -> concurrent.futures.Future[Batch]:
-        users = [user if user is not None and self._source.steps_of(user) else None for user in table.users]
-        return self._batches.submit(lambda: self._place(self._data.population(users, table.local_steps(iteration))))
+        here = self._placement.local(table.users)
+        users = [user if user is not None and self._source.steps_of(user) else None for user in here]
+        steps = self._placement.local(table.local_steps(iteration))
+        return self._batches.submit(lambda: self._placement.rows(self._data.population(users, steps)))
 
     def _validate(self, state: PopulationState, table: SlotTable) -> PopulationState:
         if self._programs.observe is None:
             return state
         rows = self._config.validation_rows
-        batch = self._data.evaluation(table.users, "validation", max_rows=rows)
+        batch = self._data.evaluation(self._placement.local(table.users), "validation", max_rows=rows)
         # A fixed number of rows: otherwise the population's longest slice would decide a shape, and recompile.
         batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)
-        sums = self._programs.loss(self._base, self._shared, state.adapters, self._place(batch))
+        sums = self._programs.loss(self._base, self._shared, state.adapters, self._placement.rows(batch))
         return self._programs.observe(state, sums)
 
     def _write_back(self, seating: Seating) -> Seating:
-        active = np.asarray(seating.state.active)
+        active = self._placement.host(seating.state.active)
         done = [slot for slot in seating.table.occupied if not active[slot]]
         for slot in done:
-            adapter, counters = self._programs.take(seating.state, jnp.int32(slot))
+            members = self._programs.take(seating.state, np.int32(slot))
             user = seating.table.users[slot]
-            if user is not None and self._source.steps_of(user):  # else: nothing to learn from, so no revision
-                self._writer.put(Finished(user, adapter, counters, seating.parents[slot]))
+            if user is None or not self._placement.owns(slot):
+                continue
+            if self._source.steps_of(user):  # else: nothing to learn from, so no revision
+                self._writer.put(Finished(user, *self._placement.taken(members, slot)))
         return seating._replace(table=seating.table.release(done))
 
     def _seat(self, seating: Seating) -> Seating:
         table, seated = seating.table.admit(self._queue, seating.iteration)
-        self._source.prefetch([user for _, user in seated])
-        self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
-        state, parents = seating.state, list(seating.parents)
+        self._source.prefetch([user for slot, user in seated if self._placement.holds(slot)])
+        if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
+            self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
+        state = seating.state
         for slot, user in seated:
-            start = self._source.start(user)
-            state = self._programs.seat(state, jnp.int32(slot), start.member)
-            parents[slot] = start.parent
+            one = self._source.start(user) if self._placement.holds(slot) else None
+            state = self._programs.seat(state, np.int32(slot), self._placement.seated(slot, one, state))
         if seated:
             # The start counts as a candidate: a user whom training does not help keeps what they had.
             state = self._validate(state, table)
-        return seating._replace(table=table, parents=tuple(parents), state=state)
+        return seating._replace(table=table, state=state)
 
 
 def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:
