@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
 from popax.modeling.model import Model
@@ -52,12 +53,22 @@ def compile_programs(
     state = placement.shardings(cohort, abstract_population(cohort, config))
     users = placement.over_population
     return Programs(
-        step=jax.jit(step, donate_argnums=2, out_shardings=(state, users)),
-        loss=jax.jit(loss, out_shardings=users),
+        step=_under(placement.mesh, jax.jit(step, donate_argnums=2, out_shardings=(state, users))),
+        loss=_under(placement.mesh, jax.jit(loss, out_shardings=users)),
         observe=jax.jit(look, donate_argnums=0, out_shardings=state) if look else None,
         seat=jax.jit(placement.seat, donate_argnums=0, out_shardings=state),
         take=jax.jit(take, out_shardings=users),
     )
+
+
+def _under(mesh: Mesh, program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program with the mesh as the ambient one, by which kernels and experts choose their form."""
+
+    def call(*arguments: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return program(*arguments)
+
+    return call
 
 
 def abstract_population(cohort: Cohort, config: TrainConfig) -> PopulationState:

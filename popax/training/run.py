@@ -1,13 +1,11 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
@@ -109,12 +107,11 @@ def train_population(
         hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
     )
     try:
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            fresh = stream.fresh()
-            continued = files.restore(fresh)
-            on_start(record, continued or fresh)
-            del fresh  # its buffers, as large as the population's
-            end = stream.run(continued)
+        fresh = stream.fresh()
+        continued = files.restore(fresh)
+        on_start(record, continued or fresh)
+        del fresh  # its buffers, as large as the population's
+        end = stream.run(continued)
     finally:
         source.close()
         writer.close()
