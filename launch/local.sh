@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several processes of one popax command on this host: local.sh [--processes N] [--devices D] [--dry-run] -- COMMAND ...
-# D: host devices a process, on CPU (default: whatever devices the process finds). The first that fails ends all.
+# D: host devices a process, on CPU (default: whatever the process finds). A process that loses another one ends itself.
 set -euo pipefail
 
 usage() { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
@@ -22,7 +22,8 @@ python=${POPAX_PYTHON:-python}
 free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
-port=$($dry_run && echo PORT || free_port)
+port=PORT
+$dry_run || port=$(free_port)
 export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes
 if [[ -n $devices ]]; then
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
@@ -39,6 +40,7 @@ if $dry_run; then
 fi
 
 children=()
+# shellcheck disable=SC2329  # called by traps
 end_all() { ((${#children[@]} == 0)) || kill -"$1" "${children[@]}" 2>/dev/null || true; }
 trap 'end_all TERM' TERM
 trap 'end_all INT' INT

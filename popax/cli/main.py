@@ -37,8 +37,8 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C, 143 after
-    SIGTERM, 75 where another process of the run is lost."""
+    """Run one command. Returns its exit code; 2 for bad input, after `error: ...` on stderr; 130 after Ctrl-C, 143
+    after SIGTERM, 75 where another process of the run is lost."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(_named_command(arguments)).parse_args(arguments)
     if (code := supervised(args, arguments)) is not None:

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.report import write_report
     from popax.data.pipeline import PipelineConfig
     from popax.data.records import Columns
+    from popax.errors import Preempted
     from popax.modeling.config import ModelConfig
     from popax.training.base_run import pretrain_base
     from popax.training.console import watch_pretraining
@@ -54,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
             dataset, users, model, data, config, tokenizer=args.tokenizer, directory=out, hooks=hooks
         )
     if report.base is None:
-        raise KeyboardInterrupt(
-            f"step {report.steps} of {config.steps} is checkpointed in {out}; the same command continues from there"
-        )
+        saved = f"step {report.steps} of {config.steps} is checkpointed in {out}; the same command continues from there"
+        raise Preempted(saved) if stop.preempted else KeyboardInterrupt(saved)
     if args.json:
         figures = {
             "steps": report.steps,

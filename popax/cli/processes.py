@@ -21,14 +21,17 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="this is one of several processes: which, the flags below or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID say; without them jax detects it (TPU pod slices, Slurm, GKE)",
+        help="this is one of several processes: which, the flags below or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+        "and JAX_PROCESS_ID say; without them jax detects it (TPU pod slices, Slurm, GKE)",
     )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 can be reached, the same for all")
     parser.add_argument("--num_processes", type=int, metavar="N", help="how many processes there are")
     parser.add_argument("--process_id", type=int, metavar="I", help="which one this is, from 0")
     parser.add_argument(
         "--lost_after", type=float, default=60.0, metavar="SECONDS", help="a process silent for so long is lost (60)"
+    )
+    parser.add_argument(
+        "--start_within", type=float, default=300.0, metavar="SECONDS", help="all processes come within this time (300)"
     )
     parser.add_argument(
         "--mesh",
@@ -55,6 +58,7 @@ def open_mesh(args: argparse.Namespace) -> Iterator["Mesh | None"]:
                 num_processes=args.num_processes,
                 process_id=args.process_id,
                 lost_after=args.lost_after,
+                start_within=args.start_within,
             )
             opened.enter_context(several_processes(config.with_environment(os.environ)))
         from popax.sharding import make_mesh
@@ -72,6 +76,6 @@ def leave(args: argparse.Namespace, code: int) -> None:
         import jax
 
         if jax.distributed.is_initialized() and jax.process_index() == 0:
-            # The coordinator goes with this process, and jax aborts whoever misses it: let the others end by themselves.
+            # The coordinator goes with this process, and jax aborts who misses it: let the others end by themselves.
             time.sleep(LEADER_WAITS_S)
     os._exit(code)

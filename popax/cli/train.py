@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
             f"(iteration {report.iterations}); the same command continues from there"
         )
         # One process's signal is everybody's.
-        raise Preempted(saved) if group.any(stop.preempted) else KeyboardInterrupt(saved)
+        raise Preempted(saved) if group.any_of(stop.preempted) else KeyboardInterrupt(saved)
     if not group.leads:
         return 0
     print(

@@ -48,7 +48,9 @@ class ProcessConfig:
     def with_environment(self, environment: Mapping[str, str]) -> "ProcessConfig":
         """What was not given, from the environment. Raises ConfigError where a number is none."""
         try:
-            count, index = (int(environment[name]) if name in environment else None for name in (NUM_PROCESSES, PROCESS_ID))
+            count, index = (
+                int(environment[name]) if name in environment else None for name in (NUM_PROCESSES, PROCESS_ID)
+            )
         except ValueError as error:
             raise ConfigError(f"{NUM_PROCESSES} and {PROCESS_ID} are whole numbers: {error}") from error
         return dataclasses.replace(
@@ -77,7 +79,7 @@ def several_processes(config: ProcessConfig) -> Iterator[ProcessGroup]:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"process {config.process_id} of {config.num_processes} did not meet the others at {config.coordinator}: "
-            f"{str(error).partition(chr(10))[0]}; start all of them with the same address within {config.start_within:g} s"
+            f"{str(error).partition(chr(10))[0]}; start all with the same address within {config.start_within:g} s"
         ) from error
     group = ProcessGroup.current()
     with Liveness(group, config.lost_after):
@@ -90,6 +92,6 @@ def several_processes(config: ProcessConfig) -> Iterator[ProcessGroup]:
     jax.distributed.shutdown()
 
 
-def _is_lost_peer(error: JaxRuntimeError) -> bool:
+def _is_lost_peer(error: Exception) -> bool:
     words = ("gloo", "nccl", "connection", "socket closed", "coordination", "heartbeat", "unavailable:")
     return any(word in str(error).lower() for word in words)

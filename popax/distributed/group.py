@@ -44,7 +44,7 @@ class ProcessGroup:
         rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(self.count, -1)
         return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
-    def any(self, flag: bool) -> bool:
+    def any_of(self, flag: bool) -> bool:
         """Whether the flag is set anywhere."""
         return any(self.gather(bool(flag)))
 
@@ -53,7 +53,7 @@ class ProcessGroup:
         self.gather(None)
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """work() by process 0, then by the others, who find what it made. Its error is raised by all, by its own name."""
+        """work() by process 0, then by the others, who find what it made. Its error is raised by all, by its name."""
         if self.count == 1:
             return work()
         if self.leads:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 from jax._src import distributed  # the service's client has no public name
 
@@ -32,7 +33,7 @@ class Liveness:
 
     def __enter__(self) -> "Liveness":
         if self._group.count > 1:
-            self._client = distributed.global_state.client
+            self._client: Any = distributed.global_state.client
             for work in (self._exchange, self._watch):
                 threading.Thread(target=work, name="popax-liveness", daemon=True).start()
         return self

@@ -1,7 +1,7 @@
 """The parent of one of several processes: what ends the child without a word is named here. It never imports jax.
 
-jax aborts a process whose coordinator is gone, and the kernel kills one that needs too much memory: neither leaves Python
-a chance to say what happened and what to do.
+jax aborts a process whose coordinator is gone, and the kernel kills one that needs too much memory: neither leaves
+Python a chance to say what happened and what to do.
 """
 
 import os
@@ -44,6 +44,9 @@ def supervise(arguments: Sequence[str]) -> int:
     if code >= 0:
         return code
     name = signal.Signals(-code).name
-    message = lost_message("another process, or this one,", f"{name} ended this process")
+    message = lost_message(
+        "another process, or this one,",
+        f"{name} ended this process; jax aborts one whose process 0 is gone or never came",
+    )
     print(f"error: {ProcessLostError.__name__}: {message}", file=sys.stderr, flush=True)
     return ProcessLostError.exit_code

@@ -1,6 +1,6 @@
 """Where a population's members lie: on one device, or in equal blocks along a mesh's axis `population`.
 
-Nothing here moves a member from one block to another: a member is made and read where it lies, by the process that owns it.
+Nothing here moves a member from one block to another: it is made and read where it lies, by processes that hold it.
 """
 
 import functools
@@ -132,9 +132,7 @@ class Placement:
         if self.mesh is None:
             return member(state, slot)
         place = slot % np.int32(self.block_size)
-        return jax.tree.map(
-            lambda leaf: leaf.reshape(self.blocks, self.block_size, *leaf.shape[1:])[:, place], state
-        )
+        return jax.tree.map(lambda leaf: leaf.reshape(self.blocks, self.block_size, *leaf.shape[1:])[:, place], state)
 
     def taken(self, members: T, slot: int) -> T:
         """The one of `take`'s members that the slot's owner wants, still on its device."""
@@ -155,7 +153,7 @@ class Placement:
     def _replicate(self) -> Callable[[Any], Any]:
         return jax.jit(lambda tree: tree, out_shardings=self.replicated)
 
-    def _zero(self, device: jax.Device, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    def _zero(self, device: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         key = (device, shape, dtype)
         if key not in self._zeros:
             self._zeros[key] = jax.device_put(np.zeros(shape, dtype), device)

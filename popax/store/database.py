@@ -165,6 +165,6 @@ def _check_format(name: str, marker: bytes) -> None:
         raise CatalogError(f"{name!r}: {MARKER} is not a catalog's marker: {error}") from error
     if found[0] != FORMAT:
         raise CatalogError(
-            f"{name!r} is a catalog of format {found[0]}; this popax reads format {FORMAT}: use the popax that wrote it, "
-            "or a newer one"
+            f"{name!r} is a catalog of format {found[0]}; this popax reads format {FORMAT}: use the popax that wrote "
+            "it, or a newer one"
         )

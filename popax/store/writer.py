@@ -43,7 +43,7 @@ class Commit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Revision:
-    """A commit without its bytes, which are the row `row` of the shard `shard`. Fields as in `Commit` and `Manifest`."""
+    """A commit without its bytes, which are the row `row` of the shard `shard`. Fields as in Commit and Manifest."""
 
     user: str
     digest: str
@@ -58,8 +58,15 @@ class Revision:
     @classmethod
     def of(cls, commit: Commit, digest: str) -> "Revision":
         """Without a place yet."""
-        plain = {name: as_stored(getattr(commit, name)) for name in ("metrics", "provenance", "hparams")}
-        return cls(user=commit.user, digest=digest, parent=commit.parent, run=commit.run, **plain)
+        return cls(
+            user=commit.user,
+            digest=digest,
+            parent=commit.parent,
+            run=commit.run,
+            metrics=as_stored(commit.metrics),
+            provenance=as_stored(commit.provenance),
+            hparams=as_stored(commit.hparams),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""

@@ -19,8 +19,9 @@ from popax.training.config import TrainConfig
 
 class Programs(NamedTuple):
     """step(base, shared, state, batch) and observe(state, sums) give the new state; loss(base, shared, adapters, batch)
-    gives sums; seat(state, slot, `Placement.seated`) gives the new state; take(state, slot) gives what the member keeps,
-    and their counters, for `Placement.taken`. The state arguments of step, observe and seat are donated. observe is None without early stopping.
+    gives sums; seat(state, slot, what Placement.seated gives) gives the new state; take(state, slot) gives what the
+    member keeps, and their counters, for Placement.taken. The state arguments of step, observe and seat are donated.
+    observe is None without early stopping.
     """
 
     step: Callable[..., Any]
@@ -30,9 +31,7 @@ class Programs(NamedTuple):
     take: Callable[..., Any]
 
 
-def compile_programs(
-    model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None
-) -> Programs:
+def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None) -> Programs:
     """Jitted functions; nothing is compiled before its first call. placement: by default all on one device."""
     placement = placement or Placement(config.slots)
     objective = sft(model, remat=config.remat)

@@ -94,7 +94,7 @@ class PopulationStream:
             while seating.table.occupied:
                 seating, metrics = self._round(seating)
                 self._hooks.on_round(seating, metrics)
-                stop = self._group.any(self._hooks.stop_requested())
+                stop = self._group.any_of(self._hooks.stop_requested())
                 if stop or self._at_checkpoint(seating):
                     self._checkpoint(seating)
                 if stop:
