@@ -14,8 +14,8 @@ class Manifest:
 
     revision: from 1. parent: the revision it was trained from, None for a first one. cohort: id of the stored
     cohort, whose config and base digest are repeated here. row: index in the cohort's rows of the shard `shard`.
-    digest: sha256 of the packed row. created: UTC, ISO 8601. run: the training run that committed it; the same run committing the same
-    bytes again is not a new revision.
+    digest: sha256 of the packed row. created: UTC, ISO 8601. run: the training run that committed it; the same run
+    committing the same bytes again is not a new revision.
     """
 
     user: str

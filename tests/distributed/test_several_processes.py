@@ -52,14 +52,21 @@ def together(world) -> Path:
     return out
 
 
-def test_one_process_with_eight_devices_equals_one_device(world, straight):
+@pytest.fixture(scope="module")
+def eight(world) -> Path:
+    """One process of eight devices."""
     out = world.folder / "eight"
     assert main(world.train(out, "--mesh", "population=8")) == 0
-    assert_equal_runs(out, straight)
+    return out
 
 
-def test_two_processes_equal_one_device_and_each_writes_its_own_shard(together, straight):
+def test_one_process_with_eight_devices_equals_one_device(eight, straight):
+    assert_equal_runs(eight, straight)
+
+
+def test_two_processes_equal_one_device_and_each_writes_its_own_shard(together, eight, straight):
     assert_equal_runs(together, straight)
+    assert digests(together) == digests(eight), "the same mesh, the same bytes"
     catalog = Catalog.open(together / "catalog", read_only=True)
     shards = [catalog.history(record.user)[-1].shard for record in catalog.list()]
     assert set(shards) == {0, 1}
