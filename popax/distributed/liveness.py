@@ -58,7 +58,7 @@ class Liveness:
         """Apart from the exchange, whose calls may wait for a stopped process 0 longer than `lost_after`."""
         while not self._closed.wait(self._interval):
             if os.getppid() != self._parent:
-                self._end("the process that started this one")
+                self._end("the parent", "it ended without its child")
             if time.monotonic() - self._answered > self._lost_after:
                 self._end("process 0")
 
@@ -82,8 +82,8 @@ class Liveness:
                 return None
             raise
 
-    def _end(self, who: str) -> None:
-        message = lost_message(who, f"no sign of life for {self._lost_after:g} s")
+    def _end(self, who: str, why: str | None = None) -> None:
+        message = lost_message(who, why or f"no sign of life for {self._lost_after:g} s")
         print(f"error: {ProcessLostError.__name__}: {message}", file=sys.stderr, flush=True)
         # The main thread is in a collective that does not return, and exit handlers would wait for the lost process.
         os._exit(ProcessLostError.exit_code)

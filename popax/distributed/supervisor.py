@@ -44,9 +44,9 @@ def supervise(arguments: Sequence[str]) -> int:
     if code >= 0:
         return code
     name = signal.Signals(-code).name
-    message = lost_message(
-        "another process, or this one,",
-        f"{name} ended this process; jax aborts one whose process 0 is gone or never came",
-    )
+    if code == -signal.SIGABRT:  # jax's own word for it
+        message = lost_message("another process, most likely process 0,", f"{name} ended this one, as jax does then")
+    else:
+        message = lost_message("this process", f"{name} ended it")
     print(f"error: {ProcessLostError.__name__}: {message}", file=sys.stderr, flush=True)
     return ProcessLostError.exit_code

@@ -9,13 +9,14 @@ import tensorstore as ts
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import BaseMismatchError, CatalogError, CorruptRevisionError, RevisionNotFoundError
 from popax.store.cohort import StoredCohort, cohort_id
+from popax.store.commit import Commit, Revision
 from popax.store.database import Database, storage_errors
 from popax.store.layout import RowLayout
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.reader import all_users, read_manifests, read_rows, read_users, revisions_of
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
-from popax.store.writer import Commit, Revision, publish, stage, write
+from popax.store.writer import publish, stage, write
 from popax.types import AdapterState
 
 __all__ = ["Catalog", "Commit", "Revision"]

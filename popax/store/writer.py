@@ -3,8 +3,8 @@
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import tensorstore as ts
@@ -12,69 +12,18 @@ import tensorstore as ts
 import popax
 from popax.errors import ConflictError
 from popax.store.cohort import StoredCohort
+from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, storage_error
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.reader import read_manifests, read_users, stored_form
-from popax.store.records import as_stored, manifest_key, next_row_key, row_key, seal, shown, unseal, user_key
-from popax.types import AdapterState
+from popax.store.records import manifest_key, next_row_key, row_key, seal, shown, unseal, user_key
 
 T = TypeVar("T")
 
 # Writers of other users collide only in the allocation of rows; each round at least one of them gets through.
 ATTEMPTS = 100
 LONGEST_PAUSE_S = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Commit:
-    """One user's new revision. parent: "latest" continues whatever is latest, a number must be the latest, None
-    must be the user's first. run: see `Manifest.run`."""
-
-    user: str
-    adapter: AdapterState
-    _: dataclasses.KW_ONLY
-    parent: int | Literal["latest"] | None = "latest"
-    metrics: Mapping[str, Any] | None = None
-    provenance: Mapping[str, Any] | None = None
-    hparams: Mapping[str, Any] | None = None
-    run: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Revision:
-    """A commit without its bytes, which are the row `row` of the shard `shard`. Fields as in Commit and Manifest."""
-
-    user: str
-    digest: str
-    parent: int | Literal["latest"] | None
-    run: str | None
-    metrics: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    hparams: Mapping[str, Any]
-    row: int = -1
-    shard: int = 0
-
-    @classmethod
-    def of(cls, commit: Commit, digest: str) -> "Revision":
-        """Without a place yet."""
-        return cls(
-            user=commit.user,
-            digest=digest,
-            parent=commit.parent,
-            run=commit.run,
-            metrics=as_stored(commit.metrics),
-            provenance=as_stored(commit.provenance),
-            hparams=as_stored(commit.hparams),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "Revision":
-        return cls(**record)
 
 
 def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -> list[Manifest]:
