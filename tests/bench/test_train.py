@@ -27,6 +27,9 @@ def test_the_report_has_the_figures_that_scripts_rely_on_and_compiles_nothing_af
     assert wanted <= set(figures)
     assert figures["recompilations"] == 0
     assert figures["peak_bytes"] > 0
+    middle = figures["population_over_base_only"]
+    assert figures["population_over_base_only_lowest"] <= middle <= figures["population_over_base_only_highest"]
+    assert figures["population_over_base_only_cpu"] > 0
     assert len(rows) == 2
     assert all(rows[0][name] > 0 for name in ("population", "base_only", "sequential"))
     assert lines

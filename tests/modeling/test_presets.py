@@ -34,6 +34,7 @@ BILLIONS = {
     "deepseek_v3": 671.0,
     "kimi_k2": 1_026.4,
 }
+BENCHMARKS = {"bench_25m": 29_368_832, "bench_moe_100m": 106_496_512}
 
 
 def preset(name: str) -> ModelConfig:
@@ -50,11 +51,12 @@ def test_a_preset_is_the_published_config(name):
     assert parameters == pytest.approx(BILLIONS[name] * 1e9, rel=5e-3)
 
 
-def test_the_benchmark_model_is_large_enough():
-    assert Model(preset("bench_25m")).num_params == 29_368_832
+@pytest.mark.parametrize(("name", "parameters"), BENCHMARKS.items())
+def test_the_benchmark_models_are_large_enough(name, parameters):
+    assert Model(preset(name)).num_params == parameters
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "bench_25m"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *BENCHMARKS])
 def test_a_preset_opens_with_its_command_and_expectation(name):
     text = (PRESETS / f"{name}.gin").read_text(encoding="utf-8")
     expected = re.search(r"^# Expect ([\d,]+) parameters", text, re.MULTILINE)
