@@ -65,14 +65,16 @@ class LayerCache:
 
     def write(self, *new: jax.Array) -> "LayerCache":
         """An array [B, T, ...] for each of the cache's, at the tokens' positions; -1, or past the end, is dropped."""
-        rows_Bx1 = jnp.arange(new[0].shape[0], dtype=jnp.int32)[:, None]
         # A negative index would count from the end; one past the end is dropped by the scatter.
         slots_BxT = jnp.where(self.positions_BxT >= 0, self.positions_BxT, self.cache.length)
 
-        def put(stored: jax.Array, new: jax.Array) -> jax.Array:
-            return stored.at[self.layer, rows_Bx1, slots_BxT].set(new.astype(stored.dtype), mode="drop")
+        def put(stored: jax.Array, new: jax.Array, slots_T: jax.Array) -> jax.Array:
+            return stored.at[self.layer, slots_T].set(new.astype(stored.dtype), mode="drop")
 
-        written = (put(stored, each) for stored, each in zip(self.cache, new, strict=True))
+        # Rows are mapped over, not indexed: the compiler's partitioner keeps mapped rows where they are, and gathers
+        # the whole cache over an indexed dimension that is sharded.
+        by_row = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
+        written = (by_row(stored, each, slots_BxT) for stored, each in zip(self.cache, new, strict=True))
         return dataclasses.replace(self, cache=type(self.cache)(*written))
 
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
