@@ -25,9 +25,10 @@ class Counted:
     """What the compiler counts for one program on one device, in bytes and operations.
 
     operand_bytes is the logical size; arguments and temporaries are what the device holds. vmem_bytes: the largest
-    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration; bytes
-    without staged_bytes, its own copying of operands and results through VMEM, which it does where it finds time for it
-    and counts several times over, beside the reader's count.
+    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration.
+    staged_bytes: the part of bytes that is the compiler's own copying of operands and results through VMEM, which it
+    does where it finds time for it and counts several times over, beside the reader's count: bytes - staged_bytes is
+    what compares two programs.
     """
 
     operand_bytes: int
@@ -70,15 +71,14 @@ def count(call: Callable[..., Any], operands: tuple[Any, ...], mesh: Mesh, donat
         compiled = jax.jit(call, donate_argnums=donated, keep_unused=True).lower(*placed).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
     assert memory is not None, "the TPU compiler always has an analysis of memory"
-    staged = _staged_bytes(text)
     return Counted(
         operand_bytes=nbytes(operands),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         vmem_bytes=_vmem_bytes(text),
         flops=int(cost.get("flops", 0)),
-        bytes=int(cost.get("bytes accessed", 0)) - staged,
-        staged_bytes=staged,
+        bytes=int(cost.get("bytes accessed", 0)),
+        staged_bytes=_staged_bytes(text),
     )
 
 
