@@ -1,6 +1,6 @@
 """The types that every floor speaks: a batch, a site, and what a model calls at a site.
 
-Shape letters: N population, B batch, T tokens, L layers, D embed, R rank, V vocab, S slots, K experts of a token.
+Shape letters: N population, B batch, T tokens, L layers, D embed, R rank, V vocab, S slots.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Rollouts(NamedTuple):
     """What a model wrote, to be learnt from; a population's rollouts have the same leaves with a leading N.
 
     batch: weights are 1 on targets that were sampled. routes: int16, the experts that serving sent the *input* token to
-    in each mixture (L of them, in the model's order), NOT_RECORDED where unknown. serve_logps: float32, log p(target)
+    in each of L mixtures, K a token, NOT_RECORDED where unknown. serve_logps: float32, log p(target)
     as serving computed it, NaN where unknown. advantages: float32, of the target.
     """
 
