@@ -7,9 +7,13 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 Params = dict[str, Any]  # nested dict of arrays: the base, or any model state
 AdapterState = dict[str, dict[str, jax.Array]]  # site -> leaf -> [L, ...] (one user) or [N, L, ...] (population)
+
+ROUTE_DTYPE = np.int16  # of recorded experts; MoEConfig sees to it that every expert's number fits
+NOT_RECORDED = -1  # in the place of an expert: the token has no record, its experts are chosen anew
 
 
 class Batch(NamedTuple):
@@ -26,6 +30,20 @@ class Batch(NamedTuple):
     positions_BxT: jax.Array
     segments_BxT: jax.Array
     target_bytes_BxT: jax.Array
+
+
+class Rollouts(NamedTuple):
+    """What a model wrote, to be learnt from; a population's rollouts have the same leaves with a leading N.
+
+    batch: weights are 1 on targets that were sampled. routes: int16, the experts that serving sent the *input* token to
+    in each of L mixtures, K a token, NOT_RECORDED where unknown. serve_logps: float32, log p(target)
+    as serving computed it, NaN where unknown. advantages: float32, of the target.
+    """
+
+    batch: Batch
+    routes_BxTxLxK: jax.Array
+    serve_logps_BxT: jax.Array
+    advantages_BxT: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,19 @@ def pack_documents(documents: Iterable[Document], seq_len: int, *, pack: bool = 
     the piece before. pack: several pieces share a row, as segments 1, 2, ... whose positions restart at 0; otherwise
     a row each. Pieces without any loss are left out. Padding is segment 0 with weight 0.
     """
-    rows: list[list[Document]] = []
+    pieces = list(_pieces(documents, seq_len))
+    rows = place([len(piece.ids) - 1 for piece in pieces], seq_len, pack=pack)
+    batch = zero_batch(len(rows), seq_len)
+    for row, members in enumerate(rows):
+        fill_row(batch, row, [pieces[member] for member in members])
+    return batch
+
+
+def place(lengths: Sequence[int], seq_len: int, *, pack: bool = True) -> list[list[int]]:
+    """Which pieces lie in which row, one after the other: the first open row with room, else a new one."""
+    rows: list[list[int]] = []
     room: list[int] = []
-    for piece in _pieces(documents, seq_len):
-        length = len(piece.ids) - 1
+    for piece, length in enumerate(lengths):
         fits = (row for row in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if pack and room[row] >= length)
         row = next(fits, None)
         if row is None:
@@ -96,10 +105,7 @@ def pack_documents(documents: Iterable[Document], seq_len: int, *, pack: bool = 
             row = len(rows) - 1
         rows[row].append(piece)
         room[row] -= length
-    batch = zero_batch(len(rows), seq_len)
-    for row, pieces in enumerate(rows):
-        _fill(batch, row, pieces)
-    return batch
+    return rows
 
 
 def _pieces(documents: Iterable[Document], seq_len: int) -> Iterable[Document]:
@@ -110,7 +116,8 @@ def _pieces(documents: Iterable[Document], seq_len: int) -> Iterable[Document]:
                 yield piece
 
 
-def _fill(batch: Batch, row: int, pieces: Sequence[Document]) -> None:
+def fill_row(batch: Batch, row: int, pieces: Sequence[Document]) -> None:
+    """Write the pieces into a row of a zero_batch as segments 1, 2, ..., each where the one before ends."""
     start = 0
     for segment, piece in enumerate(pieces, 1):
         length = len(piece.ids) - 1

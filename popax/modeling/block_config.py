@@ -5,7 +5,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from popax.errors import ConfigError
+from popax.types import ROUTE_DTYPE
 
 Scoring = Literal["softmax", "sigmoid"]
 Config = TypeVar("Config")
@@ -38,6 +41,8 @@ class MoEConfig:
     def __post_init__(self):
         check_whole(self, 1, "num_experts", "experts_per_token", "expert_ffw_dim", "num_groups", "top_groups")
         check_whole(self, 0, "shared_ffw_dim", "first_dense_layers")
+        if self.num_experts > (most := np.iinfo(ROUTE_DTYPE).max):
+            raise ConfigError(f"MoEConfig.num_experts={self.num_experts}: at most {most}, so that a route is int16")
         if self.scoring not in ("softmax", "sigmoid"):
             raise ConfigError(f"MoEConfig.scoring={self.scoring!r}: 'softmax' or 'sigmoid'")
         if not math.isfinite(self.routed_scaling):

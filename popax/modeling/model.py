@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,18 @@ from popax.modeling.transformer import Block, Context, Ends, scan_blocks
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
 from popax.types import NO_ADAPT, Adapt, Params, SiteInfo
+
+
+class ForwardOptions(TypedDict, total=False):
+    """What `Model.forward` is given beside the parameters and the tokens."""
+
+    positions_BxT: jax.Array | None
+    segments_BxT: jax.Array | None
+    cache: Cache | None
+    adapt: Adapt
+    remat: bool
+    embedded_BxTxD: jax.Array | None
+    routes_BxTxLxK: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +157,12 @@ class Model:
         return self._ends(params).embed(tokens_BxT, self.config.dtype)
 
     def hidden(
+        self, params: Params, tokens_BxT: jax.Array, **options: Unpack[ForwardOptions]
+    ) -> tuple[jax.Array, Cache | None]:
+        """(hidden states after the last norm [B, T, D], the cache with these tokens written): part of `forward`."""
+        return self.forward(params, tokens_BxT, **options)[:2]
+
+    def forward(
         self,
         params: Params,
         tokens_BxT: jax.Array,
@@ -155,18 +173,27 @@ class Model:
         adapt: Adapt = NO_ADAPT,
         remat: bool = False,
         embedded_BxTxD: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """(hidden states after the last norm [B, T, D], the cache with these tokens written).
+        routes_BxTxLxK: jax.Array | None = None,
+        record_routes: bool = False,
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """(hidden states after the last norm [B, T, D], the cache with these tokens written, the tokens' routes).
 
         positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
         segment only, and 0 is padding. With a cache a token is written at its position and sees positions 0..its own;
         a token at -1, or past the cache's end, is not written. remat: recompute each layer in the backward pass
         instead of keeping its activations. embedded_BxTxD: used in place of the tokens' embeddings, for gradients with
-        respect to them. Raises ConfigError for segments together with a cache.
+        respect to them. routes_BxTxLxK: the experts of each token in each mixture, in place of the routers' choice,
+        except where NOT_RECORDED; their weights stay the routers' own, with their gradients. record_routes: return the
+        experts that the tokens went to, int16 [B, T, L, K], else None; a model without mixtures has none either.
+        Raises ConfigError for segments together with a cache, and for routes of another shape than `routes_shape`.
         """
         batch, length = tokens_BxT.shape
         if cache is not None and segments_BxT is not None:
             raise ConfigError("segments are for packed rows without a cache: give each segment a row of its own")
+        if routes_BxTxLxK is not None and routes_BxTxLxK.shape != (wanted := (batch, length, *self.routes_shape)):
+            raise ConfigError(
+                f"routes have shape {routes_BxTxLxK.shape}, the model takes {wanted}: pack them for it (pack_rollouts)"
+            )
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
             segments_BxT = jnp.ones_like(positions_BxT) if segments_BxT is None else segments_BxT
@@ -178,11 +205,21 @@ class Model:
         rope = cos_sin(self.config, positions_BxT)
         x_BxTxD = self.embed(params, tokens_BxT) if embedded_BxTxD is None else embedded_BxTxD
         context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT)
+        routes_LxBxTxK = None if routes_BxTxLxK is None else jnp.moveaxis(routes_BxTxLxK, 2, 0)
+        taken_LxBxTxK = None
         for name, stack in self.stacks.items():
             layers = (self._graphs[0][name], params[name], getattr(adapt, name))
-            options = {"first_layer": stack.first_layer, "remat": remat}
-            x_BxTxD, cache = scan_blocks(*layers, x_BxTxD, context, cache, **options)
-        return self._ends(params).final_norm(x_BxTxD), cache
+            options = {"first_layer": stack.first_layer, "remat": remat, "record": record_routes}
+            options["routes_LxBxTxK"] = routes_LxBxTxK if stack.routed else None
+            x_BxTxD, cache, taken_LxBxTxK = scan_blocks(*layers, x_BxTxD, context, cache, **options)
+        taken_BxTxLxK = None if taken_LxBxTxK is None else jnp.moveaxis(taken_LxBxTxK, 0, 2)
+        return self._ends(params).final_norm(x_BxTxD), cache, taken_BxTxLxK
+
+    @property
+    def routes_shape(self) -> tuple[int, int]:
+        """(mixtures in the model, experts of a token): what a token's record holds; (0, 0) without mixtures."""
+        moe = self.config.moe
+        return (0, 0) if moe is None else (self.config.num_layers - moe.first_dense_layers, moe.experts_per_token)
 
     def logits(self, params: Params, x: jax.Array, adapt: Adapt = NO_ADAPT) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., V]."""
@@ -198,21 +235,10 @@ class Model:
         """
         return self._ends(params).target_nats(x, targets, adapt.outer, frozen=frozen)
 
-    def __call__(
-        self,
-        params: Params,
-        tokens_BxT: jax.Array,
-        *,
-        positions_BxT: jax.Array | None = None,
-        segments_BxT: jax.Array | None = None,
-        adapt: Adapt = NO_ADAPT,
-        remat: bool = False,
-    ) -> jax.Array:
-        """float32 logits [B, T, V]; the arguments are those of `hidden`."""
-        x_BxTxD, _ = self.hidden(
-            params, tokens_BxT, positions_BxT=positions_BxT, segments_BxT=segments_BxT, adapt=adapt, remat=remat
-        )
-        return self.logits(params, x_BxTxD, adapt)
+    def __call__(self, params: Params, tokens_BxT: jax.Array, **options: Unpack[ForwardOptions]) -> jax.Array:
+        """float32 logits [B, T, V]; the arguments are those of `forward`."""
+        x_BxTxD, _ = self.hidden(params, tokens_BxT, **options)
+        return self.logits(params, x_BxTxD, options.get("adapt", NO_ADAPT))
 
     def _ends(self, params: Params) -> Any:
         return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name not in self.stacks})

@@ -6,6 +6,7 @@ from flax import nnx
 
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.layers import Linear
+from popax.types import NOT_RECORDED
 
 
 class Router(Linear):
@@ -25,11 +26,17 @@ class Router(Linear):
         wide, kernel_DxE = x.astype(jnp.float32), self.kernel[...].astype(jnp.float32)
         return jnp.einsum("...d,de->...e", wide, kernel_DxE, precision=jax.lax.Precision.HIGHEST)
 
-    def choose(self, logits_MxE: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(experts int32 [M, K], their weights float32 [M, K])."""
+    def choose(self, logits_MxE: jax.Array, recorded_MxK: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """(experts int32 [M, K], their weights float32 [M, K]).
+
+        recorded_MxK: experts that take the place of the choice; the weights are still those of these logits. Where it
+        is NOT_RECORDED the choice is the router's own.
+        """
         scores_MxE = scores(logits_MxE, self.config)
         bias_E = None if self.correction_bias is None else self.correction_bias[...]
         expert_MxK = select(scores_MxE, bias_E, self.config)
+        if recorded_MxK is not None:
+            expert_MxK = jnp.where(recorded_MxK == NOT_RECORDED, expert_MxK, recorded_MxK.astype(jnp.int32))
         return expert_MxK, combination_weights(scores_MxE, expert_MxK, self.config)
 
 

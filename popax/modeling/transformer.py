@@ -15,7 +15,7 @@ from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.modeling.moe import MoE
 from popax.modeling.stacks import Stack
-from popax.types import SiteFn
+from popax.types import ROUTE_DTYPE, SiteFn
 
 
 class Block(nnx.Module):
@@ -47,11 +47,16 @@ class Block(nnx.Module):
         mask_BxTxS: jax.Array,
         site_fn: SiteFn,
         cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        routes_BxTxK: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """(x, the cache, the experts of a mixture; None of a dense MLP)."""
         attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), rope, mask_BxTxS, site_fn, cache)
         x_BxTxD = x_BxTxD + attended_BxTxD
-        mlp = self.moe if hasattr(self, "moe") else self.mlp
-        return x_BxTxD + mlp(self.mlp_norm(x_BxTxD), site_fn), cache
+        normed_BxTxD = self.mlp_norm(x_BxTxD)
+        if not hasattr(self, "moe"):
+            return x_BxTxD + self.mlp(normed_BxTxD, site_fn), cache, None
+        y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, routes_BxTxK)
+        return x_BxTxD + y_BxTxD, cache, taken_BxTxK
 
 
 def _attention(name: str, config: ModelConfig, rngs: nnx.Rngs, shrink: float) -> Attention | LatentAttention:
@@ -108,26 +113,31 @@ def scan_blocks(
     context: Context,
     cache: Cache | None,
     *,
+    routes_LxBxTxK: jax.Array | None = None,
+    record: bool = False,
     first_layer: int = 0,
     remat: bool,
-) -> tuple[jax.Array, Cache | None]:
+) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """The blocks of one stack, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices.
 
-    first_layer: where in the cache, which is all stacks', the first of them writes.
+    (x, the cache, where `record` the experts that a routed stack's tokens went to, int16 [L, B, T, K]).
+    routes_LxBxTxK: as in `Router.choose`, a routed stack's only. first_layer: where in the cache, which is all stacks',
+    the first of them writes.
     """
     num_layers = jax.tree.leaves(layers)[0].shape[0]
 
-    def body(carry: tuple[jax.Array, Cache | None], xs: tuple[Any, Any, jax.Array]):
-        (x_BxTxD, cache), (params, site_fn, layer) = carry, xs
+    def body(carry: tuple[jax.Array, Cache | None], xs: tuple[Any, Any, jax.Array, jax.Array | None]):
+        (x_BxTxD, cache), (params, site_fn, layer, routes_BxTxK) = carry, xs
         view = None
         if cache is not None:
             view = LayerCache(cache=cache, layer=layer, positions_BxT=context.positions_BxT)
         block = nnx.merge(graphdef, params)
-        x_BxTxD, view = block(x_BxTxD, context.rope, context.mask_BxTxS, site_fn, view)
-        return (x_BxTxD, None if view is None else view.cache), None
+        x_BxTxD, view, taken = block(x_BxTxD, context.rope, context.mask_BxTxS, site_fn, view, routes_BxTxK)
+        taken = taken.astype(ROUTE_DTYPE) if record and taken is not None else None
+        return (x_BxTxD, None if view is None else view.cache), taken
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    xs = (layers, site_fns, jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32))
-    carry, _ = jax.lax.scan(body, (x_BxTxD, cache), xs)
-    return carry
+    numbers = jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32)
+    (x_BxTxD, cache), taken = jax.lax.scan(body, (x_BxTxD, cache), (layers, site_fns, numbers, routes_LxBxTxK))
+    return x_BxTxD, cache, taken

@@ -1,11 +1,14 @@
 """What an objective is: a loss of one user, and the sums that reports are made of."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
-from popax.types import Adapt, Batch, Params
+from popax.types import Adapt, Params
+
+ExamplesT = TypeVar("ExamplesT")
+SumsT = TypeVar("SumsT")
 
 
 class Sums(NamedTuple):
@@ -16,4 +19,19 @@ class Sums(NamedTuple):
     target_bytes: jax.Array
 
 
-Objective = Callable[[Params, Adapt, Batch], tuple[jax.Array, Sums]]
+class PolicySums(NamedTuple):
+    """Sums over sampled targets: nats, targets, target_bytes as in Sums, of those that have a record.
+
+    unmapped: sampled targets that have none and left the loss. difference: sum of |log p in training - in serving|;
+    largest_difference: the greatest of them, which does not add up.
+    """
+
+    nats: jax.Array
+    targets: jax.Array
+    target_bytes: jax.Array
+    unmapped: jax.Array
+    difference: jax.Array
+    largest_difference: jax.Array
+
+
+Objective = Callable[[Params, Adapt, ExamplesT], tuple[jax.Array, SumsT]]

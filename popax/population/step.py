@@ -13,10 +13,10 @@ import optax
 
 from popax.adapters.apply import bind
 from popax.adapters.cohort import Cohort
-from popax.objectives.base import Objective, Sums
+from popax.objectives.base import Objective, PolicySums, Sums
 from popax.population.optimizer import Optimizer, Schedule, clip_by_global_norm
 from popax.population.state import PopulationState
-from popax.types import AdapterState, Batch, Params
+from popax.types import AdapterState, Batch, Params, Rollouts
 
 
 class StepMetrics(NamedTuple):
@@ -26,10 +26,10 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     ran: jax.Array
-    sums: Sums
+    sums: Sums | PolicySums
 
 
-MemberStep = Callable[[Params, AdapterState, PopulationState, Batch], tuple[PopulationState, StepMetrics]]
+MemberStep = Callable[[Params, AdapterState, PopulationState, Batch | Rollouts], tuple[PopulationState, StepMetrics]]
 
 
 def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, schedule: Schedule) -> MemberStep:
@@ -40,11 +40,11 @@ def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, sche
     """
 
     def step(
-        base: Params, shared: AdapterState, member: PopulationState, batch: Batch
+        base: Params, shared: AdapterState, member: PopulationState, batch: Batch | Rollouts
     ) -> tuple[PopulationState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(member.rng), member.step)
 
-        def loss_of(adapter: AdapterState) -> tuple[jax.Array, Sums]:
+        def loss_of(adapter: AdapterState) -> tuple[jax.Array, Sums | PolicySums]:
             return objective(base, bind(cohort, adapter, shared, dropout_key=key), batch)
 
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(member.adapters)

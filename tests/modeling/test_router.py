@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from popax.errors import ConfigError
 from popax.modeling.block_config import MoEConfig
-from popax.modeling.router import combination_weights, scores, select
+from popax.modeling.router import Router, combination_weights, scores, select
+from popax.types import NOT_RECORDED
 
 SIGMOID = MoEConfig(num_experts=12, experts_per_token=3, expert_ffw_dim=4, scoring="sigmoid", routed_scaling=2.5)
 CONFIGS = {
@@ -61,10 +63,33 @@ def test_scores_have_gradients_and_the_choice_has_none():
     assert not np.asarray(dbias).any()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_experts_take_the_place_of_the_choice_and_weights_stay_those_of_the_logits(name):
+    config, rng = CONFIGS[name], np.random.default_rng(1)
+    router = Router("router", 6, config, param_dtype="float32", rngs=nnx.Rngs(params=0))
+    logits_MxE = jnp.asarray(rng.normal(size=(50, 12)), jnp.float32)
+    live_MxK, _ = router.choose(logits_MxE)
+    # Any experts at all, of any group: limits of groups hold where the record was made, not again here.
+    recorded_MxK = rng.permuted(np.tile(np.arange(12), (50, 1)), axis=1)[:, :3].astype(np.int16)
+    recorded_MxK[::7] = NOT_RECORDED
+    expert_MxK, weight_MxK = router.choose(logits_MxE, jnp.asarray(recorded_MxK))
+    unrecorded = np.arange(50) % 7 == 0
+    np.testing.assert_array_equal(expert_MxK, np.where(unrecorded[:, None], live_MxK, recorded_MxK))
+    assert (np.sort(live_MxK[~unrecorded]) != np.sort(recorded_MxK[~unrecorded])).any(axis=1).mean() > 0.5
+    logits_MxE = np.asarray(logits_MxE, np.float64)
+    plain_MxE = 1 / (1 + np.exp(-logits_MxE))
+    if config.scoring == "softmax":
+        plain_MxE = np.exp(logits_MxE) / np.exp(logits_MxE).sum(axis=1, keepdims=True)
+    wanted_MxK = np.stack([plain[chosen] for plain, chosen in zip(plain_MxE, np.asarray(expert_MxK), strict=True)])
+    wanted_MxK /= wanted_MxK.sum(axis=1, keepdims=True) if config.normalize_top_k else 1.0
+    np.testing.assert_allclose(weight_MxK, wanted_MxK * config.routed_scaling, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 0}, "num_experts=0"),
+        ({"num_experts": 40_000}, "num_experts=40000: at most 32767"),
         ({"scoring": "tanh"}, "tanh"),
         ({"num_groups": 5}, "num_groups=5.*equal size"),
         ({"num_groups": 12}, "two best experts"),
