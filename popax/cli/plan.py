@@ -23,12 +23,23 @@ EXAMPLE = (
 )
 # Makes mesh, adapter and optimizer reachable by their own keys: `MeshShape.fsdp = 4`.
 WIRING = "configs/runs/plan.gin"
+# Figures and rows of a report.
+Result = tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
     parser.add_argument(
         "--largest", action="store_true", help="also find the largest population and batch that fit (more compiles)"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        metavar="N",
+        nargs="+",
+        default=[],
+        help="also compile the first step on N times the replicas of the population, for each N (2 4): a chip's "
+        "memory and work must stay the same",
     )
     parser.add_argument(
         "--search",
@@ -45,37 +56,58 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # This process only asks for shapes; a chip on this machine is somebody else's.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from popax.adapters.cohort import Cohort
     from popax.bench.report import write_report
     from popax.modeling.config import ModelConfig
-    from popax.modeling.model import Model
     from popax.plan.child import compile_apart
     from popax.plan.compiler import Compiled
     from popax.plan.config import PlanConfig, StepName
-    from popax.plan.fit import SCALED, advice, guess, largest
-    from popax.plan.picture import draw_memory
-    from popax.plan.report import chip_bytes, figures, lines, row
-    from popax.plan.search import rank
 
     door = GinDoor([WIRING, *args.gin_file], args.gin_param)
     model, config = door.build(ModelConfig), door.build(PlanConfig)
 
     def compile_step(planned: PlanConfig, step: StepName) -> Compiled:
-        say(f"{step} step on {planned.topology}, {planned.mesh_of(step)}: compiling")
+        say(f"{step} step on {planned.where}, {planned.mesh_of(step)}: compiling")
         return compile_apart(planned, model, step, say)
 
-    if args.search is not None:
-        ranked = rank(config, model, config.steps[0], compile_step, say, args.search)
-        rows = [candidate.row(config) for candidate in ranked]
-        _print_ranking(config.steps[0], rows)
-        if not rows:
-            raise ConfigError(f"no mesh of {config.topology} holds the base and divides the plan's users and rows")
-        chosen: dict[str, Any] = {"candidates": len(rows), "best_mesh": rows[0]["mesh"]}
-        return _write(args.json, write_report, model, config, chosen, rows)
+    figures, rows = (_search if args.search is not None else _plan)(args, config, model, compile_step)
+    if args.json:
+        write_report(args.json, name=NAME, config={"model": model, "plan": config}, figures=figures, rows=rows)
+        print(f"wrote {args.json}")
+    good = figures.get("fits", True) and figures.get("replicas_independent", True)
+    return 0 if good else PopaxError.exit_code
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _search(args: argparse.Namespace, config: Any, model: Any, compile_step: Callable[..., Any]) -> Result:
+    """Other meshes of the slice for the first step."""
+    from popax.plan.search import rank
+
+    step = config.steps[0]
+    rows = [candidate.row(config) for candidate in rank(config, model, step, compile_step, say, args.search)]
+    if not rows:
+        raise ConfigError(f"no mesh of {config.where} holds the base and divides the plan's users and rows")
+    print(f"{step} step, fastest first by the roofline's estimate")
+    for place, line in enumerate(rows, 1):
+        needed = f"{line['hbm_bytes_needed'] / 1e9:8.2f} GB a chip"
+        verdict = f"{line['estimate_seconds'] * 1e3:9.3g} ms" if line["fits"] else "does not fit"
+        print(f"{place:3d}  {line['mesh']:40s} {needed}  {verdict}")
+    return {"candidates": len(rows), "best_mesh": rows[0]["mesh"]}, rows
+
+
+def _plan(args: argparse.Namespace, config: Any, model: Any, compile_step: Callable[..., Any]) -> Result:
+    """Every step of the plan, and what was asked about it."""
+    from popax.adapters.cohort import Cohort
+    from popax.modeling.model import Model
+    from popax.plan.fit import SCALED, advice, guess, largest
+    from popax.plan.picture import draw_memory
+    from popax.plan.report import chip_bytes, figures, lines, row
 
     base = Model(model)
     print(f"{base.num_params:,} parameters, {Cohort.of(config.adapter, base.sites()).num_params:,} a user")
-    steps, largest_found = [], {}
+    steps, more = [], {}
     for step in config.steps:
         compiled = compile_step(config, step)
         steps.append(compiled)
@@ -84,42 +116,47 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(advice(config, model, compiled)))
         if args.largest:
             answer = largest(config, compiled, compile_step)
-            largest_found[f"largest_{answer.name}"] = answer.count
+            more[f"largest_{answer.name}"] = answer.count
             print(f"  largest that fits: {answer.name}={answer.count}, compiled ({answer.compiles} more compiles)")
         elif compiled.fits:
             print(f"  largest that fits: about {SCALED[step]}={guess(config, compiled)}, an estimate; see --largest")
+    rows = [row(config, compiled) for compiled in steps]
+    if args.replicas:
+        found, replica_rows = _replicas(args.replicas, config, steps[0], compile_step)
+        rows, more = rows + replica_rows, more | found
     named = {"run": Path(args.gin_file[-1]).stem} if args.gin_file else {}
-    found: dict[str, Any] = named | figures(config, model, steps) | largest_found
+    written: dict[str, Any] = named | figures(config, model, steps) | more
     if args.picture:
         held = {compiled.step: chip_bytes(config, compiled) for compiled in steps}
-        title = f"{found['parameters'] / 1e9:.1f}B parameters on {config.topology}"
+        title = f"{written['parameters'] / 1e9:.1f}B parameters on {config.where}"
         Path(args.picture).parent.mkdir(parents=True, exist_ok=True)
-        draw_memory(held, found["hbm_limit_bytes"], title, Path(args.picture))
+        draw_memory(held, written["hbm_limit_bytes"], title, Path(args.picture))
         print(f"wrote {args.picture}")
-    return _write(args.json, write_report, model, config, found, [row(config, compiled) for compiled in steps])
+    return written, rows
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _replicas(counts: list[int], config: Any, one: Any, compile_step: Callable[..., Any]) -> Result:
+    """The first step on more replicas of the population."""
+    from popax.plan.replicas import TOLERANCE, growth, replicated
+    from popax.plan.report import cross_population_bytes, lines, row
 
-
-def _write(
-    path: str | None,
-    write_report: Callable[..., Any],
-    model: Any,
-    config: Any,
-    figures: dict[str, Any],
-    rows: list[dict[str, Any]],
-) -> int:
-    if path:
-        write_report(path, name=NAME, config={"model": model, "plan": config}, figures=figures, rows=rows)
-        print(f"wrote {path}")
-    return 0 if figures.get("fits", True) else PopaxError.exit_code
-
-
-def _print_ranking(step: str, rows: list[dict[str, Any]]) -> None:
-    print(f"{step} step, fastest first by the roofline's estimate")
-    for place, line in enumerate(rows, 1):
-        needed = f"{line['hbm_bytes_needed'] / 1e9:8.2f} GB a chip"
-        verdict = f"{line['estimate_seconds'] * 1e3:9.3g} ms" if line["fits"] else "does not fit"
-        print(f"{place:3d}  {line['mesh']:40s} {needed}  {verdict}")
+    rows, more, crossed = [], [], 0
+    for times in counts:
+        planned = replicated(config, one.step, times)
+        compiled = compile_step(planned, one.step)
+        print("\n".join(lines(planned, compiled)), flush=True)
+        more.append(compiled)
+        crossed += cross_population_bytes(planned, compiled)
+        rows.append(row(planned, compiled) | {"replicas": times, "topology": planned.topology})
+    grown = growth(one, more)
+    verdict = "independent" if grown <= TOLERANCE and not crossed else "NOT INDEPENDENT"
+    print(
+        f"\nreplicas of the population: {verdict}; a chip's memory, FLOPs and traffic differ by {grown:.2%} at most, "
+        f"adapter bytes across the population axis: {crossed}"
+    )
+    return {
+        "replicas": counts,
+        "replicas_growth": grown,
+        "replicas_cross_population_adapter_bytes": crossed,
+        "replicas_independent": verdict == "independent",
+    }, rows

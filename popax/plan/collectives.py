@@ -14,13 +14,15 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
     "ragged-all-to-all",
 )  # fmt: skip
+# Between slices: not instructions of the program's devices, but transfers that the hosts carry out.
+DCN = "dcn"
 # Of one user: the scalars of a step's metrics (loss, norm, rate, counts). An adapter's smallest factor is larger.
 SCALAR_BYTES = 32
 Pairs = tuple[tuple[int, int], ...]
 
 
 class Collective(NamedTuple):
-    """axes: the mesh axes along which it moves data; () where every group is one device. payload_bytes: its largest
+    """axes: the mesh axes along which it moves data, DCN between slices; () where every group is one device. payload_bytes: its largest
     operand or result on a device, of one call. times: calls in one run. crossed_bytes: what a device receives in one
     run, by the ring algorithm. op_name: where the program asked for it."""
 
@@ -33,11 +35,13 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective that runs. The pieces into which a TPU cuts an asynchronous one share its channel: one entry."""
+    """Every collective that runs; mesh: of one slice, whose devices the program numbers. The pieces into which a TPU cuts an asynchronous one share its channel: one entry."""
     found: dict[tuple[str, ...], tuple[bool, Collective]] = {}
     for visit in visits(module):
         instruction = visit.instruction
         opcode = instruction.opcode.removesuffix("-start")
+        if opcode == "recv" and "xla_megascale_runtime" in instruction.text:
+            found["dcn", instruction.name] = (False, _between_slices(instruction, visit.times))
         if opcode not in COLLECTIVES:
             continue
         channel = re.search(r"channel_id=(\d+)", instruction.text)
@@ -88,6 +92,15 @@ def _collective(
     return Collective(
         opcode, axes, payload, times, times * received_bytes(opcode, sent, group), name.group(1) if name else ""
     )
+
+
+def _between_slices(instruction: Instruction, times: int) -> Collective:
+    """What a device receives from those in its place on other slices; the hosts have summed what is to be summed."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+    rendezvous = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.text)
+    payload = instruction.shapes[0].nbytes
+    opcode = kind.group(1).lower().replace("_", "-") if kind else "recv"
+    return Collective(opcode, (DCN,), payload, times, times * payload, rendezvous.group(1) if rendezvous else "")
 
 
 def received_bytes(opcode: str, sent: int, group: int) -> int:

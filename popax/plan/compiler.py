@@ -48,15 +48,17 @@ class Compiled(NamedTuple):
 
 
 def plan_mesh(config: PlanConfig, step: StepName) -> Mesh:
-    """The step's mesh over the slice's devices in their own order. Raises ConfigError where the compiler lacks it."""
+    """The step's mesh over the slices' devices in their own order. Raises ConfigError where the compiler lacks one."""
     try:
-        devices = topologies.get_topology_desc(config.topology, platform="tpu").devices
+        devices = topologies.get_topology_desc(config.topology, platform="tpu", num_slices=config.slices).devices
     except Exception as error:  # the compiler's client raises its own types
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"topology {config.topology!r}: the TPU compiler refuses it: {reason}") from error
     sizes = config.mesh_of(step).sizes
     if len(devices) != config.slice.devices:
-        raise ConfigError(f"{config.topology} shows {len(devices)} devices, {config.slice.devices} were expected")
+        raise ConfigError(f"{config.where} shows {len(devices)} devices, {config.slice.devices} were expected")
+    # The population is the outermost axis: whole slices follow each other along it.
+    assert [device.slice_index for device in devices] == sorted(device.slice_index for device in devices)
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes))
 
 
@@ -95,7 +97,7 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         matmul_flops=counted.matmul_flops,
         recomputed_flops=counted.recomputed_flops,
         hbm_bytes=counted.hbm_bytes,
-        collectives=collectives(module, dict(mesh.shape)),
+        collectives=collectives(module, config.mesh_of(step).of_one(config.slices).sizes),
         compile_s=seconds,
         cpu_s=time.process_time(),
         peak_bytes=peak_bytes(),

@@ -37,6 +37,10 @@ class MeshShape:
     def devices(self) -> int:
         return math.prod(self.sizes.values())
 
+    def of_one(self, slices: int) -> "MeshShape":
+        """The part of the mesh that lies on one of `slices` slices."""
+        return dataclasses.replace(self, population=self.population // slices)
+
     def __str__(self) -> str:
         return " x ".join(f"{name} {size}" for name, size in self.sizes.items() if size > 1) or "one device"
 
@@ -46,6 +50,7 @@ class PlanConfig:
     """One plan. users, rows, tokens: a train step has users x rows x tokens tokens. mesh: of one device, the default,
     it becomes the whole slice along fsdp.
 
+    slices: so many slices, joined by the data-centre network (DCN), follow each other along the population axis.
     users_over: the mesh axes that spread the users. With fsdp among them a device gathers each layer's weights and
     computes its own users; without, devices that share users compute parts of each product. rows_over: the same for
     the rows of a served batch. slots: adapters that are resident while serving. serving_mesh: where prefill and decode
@@ -53,6 +58,7 @@ class PlanConfig:
     """
 
     topology: str = "v5e:2x2"
+    slices: int = 1
     mesh: MeshShape = MeshShape()
     serving_mesh: MeshShape | None = None
     steps: tuple[StepName, ...] = STEPS
@@ -76,7 +82,8 @@ class PlanConfig:
         for name in ("users_over", "rows_over"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mesh == MeshShape():
-            object.__setattr__(self, "mesh", MeshShape(fsdp=self.slice.devices))
+            own = self.slice.devices // self.slices
+            object.__setattr__(self, "mesh", MeshShape(population=self.slices, fsdp=own))
         self._check_numbers()
         self._check_meshes()
         unknown = sorted({name for name, _ in self.rules} - set(dict(DEFAULT_RULES)))
@@ -102,8 +109,13 @@ class PlanConfig:
         for name, mesh in (("mesh", self.mesh), ("serving_mesh", self.serving)):
             if mesh.devices != devices:
                 raise ConfigError(
-                    f"{name} ({mesh}) has {mesh.devices} devices, {self.topology} has {devices}"
+                    f"{name} ({mesh}) has {mesh.devices} devices, {self.where} has {devices}"
                     f" ({self.slice.chips} chips of {self.slice.chip.devices}): make the product of its axes {devices}"
+                )
+            if mesh.population % self.slices:
+                raise ConfigError(
+                    f"{name} ({mesh}): its population axis does not divide over {self.slices} slices; nothing else "
+                    f"may cross them, so take a multiple of {self.slices}"
                 )
         for name, axes in (("users_over", self.users_over), ("rows_over", self.rows_over)):
             if "population" not in axes or set(axes) - set(self.mesh.sizes):
@@ -119,7 +131,12 @@ class PlanConfig:
 
     @property
     def slice(self) -> Topology:
-        return parse_topology(self.topology)
+        return parse_topology(self.topology, self.slices)
+
+    @property
+    def where(self) -> str:
+        """The slice, or slices, in words."""
+        return self.topology if self.slices == 1 else f"{self.slices} slices of {self.topology}"
 
     @property
     def serving(self) -> MeshShape:

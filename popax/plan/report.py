@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from popax.adapters.cohort import Cohort
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
-from popax.plan.collectives import by_axes, crossing
+from popax.plan.collectives import DCN, by_axes, crossing
 from popax.plan.compiler import Compiled
 from popax.plan.config import PlanConfig
 
@@ -15,7 +15,7 @@ GB = 10**9
 
 class Roofline(NamedTuple):
     """Estimates. Each unit alone, at the vendor's peak and perfectly overlapped: seconds is the longest of the three,
-    link_s supposes that a chip's links are all used. mfu: FLOPs without recomputation over peak x seconds."""
+    link_s supposes that a chip's links are all used; it has no time for what travels between slices. mfu: FLOPs without recomputation over peak x seconds."""
 
     compute_s: float
     memory_s: float
@@ -37,7 +37,7 @@ def roofline(config: PlanConfig, compiled: Compiled) -> Roofline:
     part = 1 / chip.devices
     compute = compiled.matmul_flops / (chip.peak_flops * part)
     memory = compiled.hbm_bytes / (chip.hbm_bandwidth * part)
-    link = sum(by_axes(compiled.collectives).values()) / (chip.ici_bandwidth * part)
+    link = sum(size for axes, size in by_axes(compiled.collectives).items() if axes != DCN) / (chip.ici_bandwidth * part)
     useful = compiled.matmul_flops - compiled.recomputed_flops
     longest = max(compute, memory, link)
     return Roofline(compute, memory, link, useful / (chip.peak_flops * part * longest) if longest else 0.0)
@@ -56,9 +56,9 @@ def needed_per_chip(config: PlanConfig, compiled: Compiled) -> int:
 
 
 def cross_population_bytes(config: PlanConfig, compiled: Compiled) -> int:
-    """Bytes that a device receives along the population axis in one step, scalar metrics apart."""
+    """Bytes that a device receives along the population axis, between slices too, in one step; scalar metrics apart."""
     users = config.users if compiled.step == "train" else config.slots
-    return sum(one.crossed_bytes for one in crossing(compiled.collectives, "population", users))
+    return sum(one.crossed_bytes for axis in ("population", DCN) for one in crossing(compiled.collectives, axis, users))
 
 
 def figures(config: PlanConfig, model: ModelConfig, steps: Sequence[Compiled]) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def figures(config: PlanConfig, model: ModelConfig, steps: Sequence[Compiled]) -
     base = Model(model)
     return {
         "topology": config.topology,
+        "slices": config.slices,
         "parameters": base.num_params,
         "parameters_per_user": Cohort.of(config.adapter, base.sites()).num_params,
         "chips": config.slice.chips,
@@ -113,7 +114,7 @@ def lines(config: PlanConfig, compiled: Compiled) -> Iterator[str]:
     mesh = config.mesh_of(compiled.step)
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
     yield ""
-    yield f"{compiled.step} step on {config.topology}, {mesh}: {verdict}"
+    yield f"{compiled.step} step on {config.where}, {mesh}: {verdict}"
     yield f"  HBM per chip      {needed / GB:10.2f} GB of {limit / GB:.2f} GB"
     for kind, size in chip_bytes(config, compiled).items():
         yield f"    {kind:15s} {size / GB:10.3f} GB"

@@ -76,11 +76,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A slice such as v5e:4x4."""
+    """`slices` equal slices such as v5e:4x4, which reach each other over the data-centre network (DCN)."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -88,14 +89,23 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
         return self.chips * self.chip.devices
 
+    def larger(self, times: int) -> "Topology":
+        """Slices of `times` as many chips, a power of two: the last of the shortest sides is doubled first."""
+        if times < 1 or times & (times - 1):
+            raise ConfigError(f"a slice {times} times as large: sides double, so take a power of two")
+        shape = list(self.shape)
+        for _ in range(times.bit_length() - 1):
+            shape[min(range(len(shape)), key=lambda side: (shape[side], -side))] *= 2
+        return dataclasses.replace(self, name=f"{self.kind}:{'x'.join(map(str, shape))}", shape=tuple(shape))
 
-def parse_topology(name: str) -> Topology:
+
+def parse_topology(name: str, slices: int = 1) -> Topology:
     """Raises ConfigError for a kind that is not in CHIPS, and for a shape that is not one of its slices."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
@@ -110,4 +120,6 @@ def parse_topology(name: str) -> Topology:
         raise ConfigError(
             f"topology {name!r}: a host has 2 x 2 chips, so the first two sizes are even, as in {kind}:{example}"
         )
-    return Topology(name=name, kind=kind, shape=sizes)
+    if not isinstance(slices, int) or slices < 1:
+        raise ConfigError(f"{slices!r} slices of {name}: a whole number of at least 1")
+    return Topology(name=name, kind=kind, shape=sizes, slices=slices)

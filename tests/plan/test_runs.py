@@ -34,7 +34,8 @@ def test_a_committed_report_is_of_its_config(name):
     assert figures["fits"]
     assert figures["hbm_per_chip_bytes"] <= figures["hbm_limit_bytes"] == config.slice.chip.usable_bytes
     assert figures["cross_population_adapter_bytes"] == 0
-    assert [row["mesh"] for row in report["rows"]] == [str(config.mesh_of(step)) for step in config.steps]
+    meshes = [row["mesh"] for row in report["rows"] if "replicas" not in row]
+    assert meshes == [str(config.mesh_of(step)) for step in config.steps]
 
 
 @pytest.mark.parametrize("name", PLANS)
