@@ -68,16 +68,26 @@ class LayerCache:
         # A negative index would count from the end; one past the end is dropped by the scatter.
         slots_BxT = jnp.where(self.positions_BxT >= 0, self.positions_BxT, self.cache.length)
 
-        def put(stored: jax.Array, new: jax.Array, slots_T: jax.Array) -> jax.Array:
-            return stored.at[self.layer, slots_T].set(new.astype(stored.dtype), mode="drop")
-
-        # Rows are mapped over, not indexed: the compiler's partitioner keeps mapped rows where they are, and gathers
-        # the whole cache over an indexed dimension that is sharded.
-        by_row = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
-        written = (by_row(stored, each, slots_BxT) for stored, each in zip(self.cache, new, strict=True))
+        # Rows as an iota, which `.at[...]` would wrap for negative numbers: the compiler's partitioner knows an iota's
+        # rows for each device's own, and gathers tokens or even the cache for other indices.
+        rows_BxTx1 = jax.lax.broadcasted_iota(jnp.int32, (*slots_BxT.shape, 1), 0)
+        layer_BxTx1 = jnp.full_like(rows_BxTx1, self.layer)
+        where_BxTx3 = jnp.concatenate((layer_BxTx1, rows_BxTx1, slots_BxT[..., None]), axis=-1)
+        written = (_put(stored, where_BxTx3, each) for stored, each in zip(self.cache, new, strict=True))
         return dataclasses.replace(self, cache=type(self.cache)(*written))
 
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
         """This layer's part of each of the cache's arrays, [B, S, ...]."""
         layer = (jax.lax.dynamic_index_in_dim(leaf, self.layer, keepdims=False) for leaf in self.cache)
         return tuple(leaf.astype(dtype) for leaf in layer)
+
+
+def _put(stored: jax.Array, where_BxTx3: jax.Array, new: jax.Array) -> jax.Array:
+    """stored[layer, row, slot] = new[b, t] for (layer, row, slot) = where[b, t]; stored [L, B, S, ...], new [B, T, ...]."""
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=(0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 1, 2),
+    )
+    updates = new.astype(stored.dtype)
+    return jax.lax.scatter(stored, where_BxTx3, updates, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)

@@ -58,7 +58,8 @@ def plan_mesh(config: PlanConfig, step: StepName) -> Mesh:
     if len(devices) != config.slice.devices:
         raise ConfigError(f"{config.where} shows {len(devices)} devices, {config.slice.devices} were expected")
     # The population is the outermost axis: whole slices follow each other along it.
-    assert [device.slice_index for device in devices] == sorted(device.slice_index for device in devices)
+    slices = [getattr(device, "slice_index", 0) for device in devices]
+    assert slices == sorted(slices)
     return Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes))
 
 

@@ -37,7 +37,9 @@ def roofline(config: PlanConfig, compiled: Compiled) -> Roofline:
     part = 1 / chip.devices
     compute = compiled.matmul_flops / (chip.peak_flops * part)
     memory = compiled.hbm_bytes / (chip.hbm_bandwidth * part)
-    link = sum(size for axes, size in by_axes(compiled.collectives).items() if axes != DCN) / (chip.ici_bandwidth * part)
+    link = sum(size for axes, size in by_axes(compiled.collectives).items() if axes != DCN) / (
+        chip.ici_bandwidth * part
+    )
     useful = compiled.matmul_flops - compiled.recomputed_flops
     longest = max(compute, memory, link)
     return Roofline(compute, memory, link, useful / (chip.peak_flops * part * longest) if longest else 0.0)

@@ -1,14 +1,16 @@
 """Keys and values by position: ragged prefill, decode, padding."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.errors import ConfigError
-from popax.modeling.cache import init_cache
+from popax.modeling.cache import LayerCache, init_cache
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -67,3 +69,22 @@ def test_a_cache_may_be_bfloat16_and_takes_no_segments(tiny):
         tiny.model.hidden(tiny.params, tokens, segments_BxT=tokens, cache=cache)
     with pytest.raises(ConfigError, match="int8"):
         init_cache(tiny.config, 1, 4, "int8")
+
+
+def test_sharded_rows_are_written_where_they_lie(tiny):
+    """No collective: over an index that it does not know to be the row, the partitioner gathers."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("rows",))
+    cache = init_cache(tiny.config, 16, 32)
+    new = jnp.ones((16, 2, *cache.k.shape[3:]), cache.k.dtype)
+    rows = NamedSharding(mesh, PartitionSpec("rows"))
+    stored = NamedSharding(mesh, PartitionSpec(None, "rows"))
+
+    def write(cache, layer, positions_BxT, new):
+        return LayerCache(cache=cache, layer=layer, positions_BxT=positions_BxT).write(new, new).cache
+
+    operands = (cache, jnp.int32(1), jnp.arange(32, dtype=jnp.int32).reshape(16, 2) % 8, new)
+    sharded = jax.jit(write, in_shardings=(stored, None, rows, rows), out_shardings=stored)
+    text = sharded.lower(*operands).compile().as_text()
+    assert "scatter" in text or "dynamic-update-slice" in text
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
+    jax.tree.map(np.testing.assert_array_equal, sharded(*operands), jax.jit(write)(*operands))
