@@ -83,7 +83,7 @@ class LayerCache:
 
 
 def _put(stored: jax.Array, where_BxTx3: jax.Array, new: jax.Array) -> jax.Array:
-    """stored[layer, row, slot] = new[b, t] for (layer, row, slot) = where[b, t]; stored [L, B, S, ...], new [B, T, ...]."""
+    """stored[where[b, t]] = new[b, t], where = (layer, row, slot); stored [L, B, S, ...], new [B, T, ...]."""
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(2, new.ndim)),
         inserted_window_dims=(0, 1, 2),

@@ -22,9 +22,9 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 class Collective(NamedTuple):
-    """axes: the mesh axes along which it moves data, DCN between slices; () where every group is one device. payload_bytes: its largest
-    operand or result on a device, of one call. times: calls in one run. crossed_bytes: what a device receives in one
-    run, by the ring algorithm. op_name: where the program asked for it."""
+    """axes: the mesh axes along which it moves data, DCN between slices; () where every group is one device.
+    payload_bytes: its largest operand or result on a device, of one call. times: calls in one run. crossed_bytes: what
+    a device receives in one run, by the ring algorithm. op_name: where the program asked for it."""
 
     opcode: str
     axes: tuple[str, ...]
@@ -35,7 +35,10 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective that runs; mesh: of one slice, whose devices the program numbers. The pieces into which a TPU cuts an asynchronous one share its channel: one entry."""
+    """Every collective that runs; mesh: of one slice, whose devices the program numbers.
+
+    The pieces into which a TPU cuts an asynchronous one share its channel: one entry.
+    """
     found: dict[tuple[str, ...], tuple[bool, Collective]] = {}
     for visit in visits(module):
         instruction = visit.instruction

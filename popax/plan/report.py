@@ -15,7 +15,8 @@ GB = 10**9
 
 class Roofline(NamedTuple):
     """Estimates. Each unit alone, at the vendor's peak and perfectly overlapped: seconds is the longest of the three,
-    link_s supposes that a chip's links are all used; it has no time for what travels between slices. mfu: FLOPs without recomputation over peak x seconds."""
+    link_s supposes that a chip's links are all used, and has no time for what travels between slices. mfu: FLOPs
+    without recomputation over peak x seconds."""
 
     compute_s: float
     memory_s: float
@@ -37,9 +38,8 @@ def roofline(config: PlanConfig, compiled: Compiled) -> Roofline:
     part = 1 / chip.devices
     compute = compiled.matmul_flops / (chip.peak_flops * part)
     memory = compiled.hbm_bytes / (chip.hbm_bandwidth * part)
-    link = sum(size for axes, size in by_axes(compiled.collectives).items() if axes != DCN) / (
-        chip.ici_bandwidth * part
-    )
+    links = sum(size for axes, size in by_axes(compiled.collectives).items() if axes != DCN)
+    link = links / (chip.ici_bandwidth * part)
     useful = compiled.matmul_flops - compiled.recomputed_flops
     longest = max(compute, memory, link)
     return Roofline(compute, memory, link, useful / (chip.peak_flops * part * longest) if longest else 0.0)
