@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.apply import bind
 from popax.adapters.base import AdapterConfig
@@ -19,10 +20,11 @@ from popax.modeling.model import Model
 from popax.objectives.policy import policy
 from popax.objectives.sft import sft
 from popax.population.optimizer import constant, sgd
-from popax.population.state import hparams, init_population
+from popax.population.state import hparams, init_population, population_shardings
 from popax.population.step import member_step, population_step
 from popax.serving.generate import generate
 from popax.serving.sampling import Sampling
+from popax.sharding import ShardingRules
 from popax.trees import member
 from popax.types import NO_ADAPT, NOT_RECORDED
 
@@ -214,6 +216,31 @@ def test_invariant_1_a_member_with_rollouts_is_the_member_alone(world):
         np.abs(leaf).max() > 0 for leaf in (together.adapters["layers.moe.router"]["b"][user] for user in range(3))
     ]
     assert all(moved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"population": 8}, {"population": 2, "expert": 4}], ids=str)
+def test_invariant_10_replay_on_a_mesh_is_the_same_step(world, axes):
+    arguments = (world.cohort, policy(SMALL), sgd(), constant())
+    keys, own = jax.random.split(jax.random.key(1), 8), hparams(learning_rate=0.5, max_steps=9)
+    state = init_population(world.cohort, sgd(), keys, own)
+    rollouts = pack_rollouts(SMALL, [record.rollout(1.0) for record in world.records[:2]], 24, rows=1)
+    rollouts = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), rollouts)
+    wanted, _ = jax.jit(population_step(*arguments))(world.params, {}, state, rollouts)
+    mesh = Mesh(np.array(jax.devices()).reshape(*axes.values()), tuple(axes))
+    spread = (
+        jax.device_put(world.params, SMALL.shardings(mesh)),
+        {},
+        jax.device_put(state, population_shardings(world.cohort, state, mesh, ShardingRules())),
+        jax.device_put(rollouts, NamedSharding(mesh, PartitionSpec("population"))),
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(population_step(*arguments, spmd_axis_name="population")).lower(*spread).compile()
+        found, _ = compiled(*spread)
+    close(found.adapters, wanted.adapters)
+    if axes == {"population": 8}:
+        for collective in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
+            assert collective not in compiled.as_text(), collective
 
 
 @pytest.mark.parametrize("max_ratio", [0.0, float("nan")])
