@@ -58,6 +58,13 @@ need_value() {
   [[ $# -eq 2 && -n $2 && $2 != --* ]] || die "$1 needs a value, got '${2-}'; see $PROGRAM --help"
 }
 
+# take_value OPTION [VALUE]: into the variable of the option's name, --a_b into A_B.
+take_value() {
+  need_value "$@"
+  local variable=${1#--}
+  printf -v "${variable^^}" '%s' "$2"
+}
+
 # need_option OPTION VALUE: an option without which nothing can be started.
 need_option() {
   [[ -n $2 ]] || die "$1 is missing; see $PROGRAM --help for an example"

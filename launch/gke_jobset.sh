@@ -43,10 +43,7 @@ parse() {
   while (($# > 0)); do
     case $1 in
       --name | --topology | --image | --bucket | --slices | --chips_per_host | --namespace | --service_account | --max_restarts | --grace)
-        need_value "$1" "${@:2:1}"
-        local variable=${1#--}
-        printf -v "${variable^^}" '%s' "$2"
-        shift 2
+        take_value "$1" "${@:2:1}" && shift 2
         ;;
       --spot) SPOT=true && shift ;;
       --delete) DELETE=true && shift ;;

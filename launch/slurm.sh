@@ -43,10 +43,7 @@ parse() {
   while (($# > 0)); do
     case $1 in
       --nodes | --gpus_per_node | --time | --one_process_a | --name | --partition | --account | --cpus_per_task | --log | --max_restarts | --grace)
-        need_value "$1" "${@:2:1}"
-        local variable=${1#--}
-        printf -v "${variable^^}" '%s' "$2"
-        shift 2
+        take_value "$1" "${@:2:1}" && shift 2
         ;;
       --popax) need_value "$1" "${@:2:1}" && PATH_OF_POPAX=$2 && shift 2 ;;
       --dry-run) DRY_RUN=true && shift ;;

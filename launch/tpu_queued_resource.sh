@@ -55,10 +55,7 @@ parse() {
   while (($# > 0)); do
     case $1 in
       --name | --project | --zone | --topology | --runtime_version | --package | --setup | --python | --max_restarts | --poll | --grace)
-        need_value "$1" "${@:2:1}"
-        local variable=${1#--}
-        printf -v "${variable^^}" '%s' "$2"
-        shift 2
+        take_value "$1" "${@:2:1}" && shift 2
         ;;
       --spot) SPOT=true && shift ;;
       --keep) KEEP=true && shift ;;

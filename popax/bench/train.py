@@ -82,14 +82,7 @@ def base_only(model: Model, *, remat: bool = False) -> Callable[[Params, jax.Arr
 
     def gradient(params: Params, x_NxBxTxD: jax.Array, batch: Batch) -> jax.Array:
         def one(x_BxTxD: jax.Array, own: Batch) -> jax.Array:
-            hidden_BxTxD, _ = model.hidden(
-                params,
-                own.tokens_BxT,
-                positions_BxT=own.positions_BxT,
-                segments_BxT=own.segments_BxT,
-                embedded_BxTxD=x_BxTxD,
-                remat=remat,
-            )
+            hidden_BxTxD = model.batch_hidden(params, own, embedded_BxTxD=x_BxTxD, remat=remat)
             nats_BxT = cross_entropy(model.logits(params, hidden_BxTxD), own.targets_BxT) * own.weights_BxT
             return jnp.sum(nats_BxT) / jnp.maximum(jnp.sum(own.weights_BxT), 1.0)
 

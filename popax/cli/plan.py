@@ -149,7 +149,8 @@ def _replicas(counts: list[int], config: Any, one: Any, compile_step: Callable[.
         crossed += cross_population_bytes(planned, compiled)
         rows.append(row(planned, compiled) | {"replicas": times, "topology": planned.topology})
     grown = growth(one, more)
-    verdict = "independent" if grown <= TOLERANCE and not crossed else "NOT INDEPENDENT"
+    independent = grown <= TOLERANCE and not crossed
+    verdict = "independent" if independent else "NOT INDEPENDENT"
     print(
         f"\nreplicas of the population: {verdict}; a chip's memory, FLOPs and traffic differ by {grown:.2%} at most, "
         f"adapter bytes across the population axis: {crossed}"
@@ -158,5 +159,5 @@ def _replicas(counts: list[int], config: Any, one: Any, compile_step: Callable[.
         "replicas": counts,
         "replicas_growth": grown,
         "replicas_cross_population_adapter_bytes": crossed,
-        "replicas_independent": verdict == "independent",
+        "replicas_independent": independent,
     }, rows

@@ -18,7 +18,7 @@ from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
-from popax.types import NO_ADAPT, Adapt, Params, SiteInfo
+from popax.types import NO_ADAPT, Adapt, Batch, Params, SiteInfo
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -161,6 +161,11 @@ class Model:
     ) -> tuple[jax.Array, Cache | None]:
         """(hidden states after the last norm [B, T, D], the cache with these tokens written): part of `forward`."""
         return self.forward(params, tokens_BxT, **options)[:2]
+
+    def batch_hidden(self, params: Params, batch: Batch, **options: Unpack[ForwardOptions]) -> jax.Array:
+        """The hidden states of a batch's packed rows [B, T, D]: part of `forward`."""
+        options["positions_BxT"], options["segments_BxT"] = batch.positions_BxT, batch.segments_BxT
+        return self.hidden(params, batch.tokens_BxT, **options)[0]
 
     def forward(
         self,

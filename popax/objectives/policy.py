@@ -31,15 +31,8 @@ def policy(
         routed_BxT = jnp.all(rollouts.routes_BxTxLxK != NOT_RECORDED, axis=(2, 3))
         mapped_BxT = routed_BxT & ~jnp.isnan(rollouts.serve_logps_BxT)
         weights_BxT = jnp.where(mapped_BxT, batch.weights_BxT, 0.0)
-        x_BxTxD, _ = model.hidden(
-            params,
-            batch.tokens_BxT,
-            positions_BxT=batch.positions_BxT,
-            segments_BxT=batch.segments_BxT,
-            adapt=adapt,
-            remat=remat,
-            routes_BxTxLxK=rollouts.routes_BxTxLxK if replay else None,
-        )
+        routes_BxTxLxK = rollouts.routes_BxTxLxK if replay else None
+        x_BxTxD = model.batch_hidden(params, batch, adapt=adapt, remat=remat, routes_BxTxLxK=routes_BxTxLxK)
         nats_BxT = model.target_nats(params, x_BxTxD, batch.targets_BxT, adapt)
         held_BxT = jax.lax.stop_gradient(nats_BxT)
         difference_BxT = jnp.where(weights_BxT > 0, -held_BxT - rollouts.serve_logps_BxT, 0.0)

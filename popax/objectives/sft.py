@@ -15,14 +15,7 @@ def sft(model: Model, *, remat: bool = False, frozen_base: bool = True) -> Objec
     """
 
     def objective(params: Params, adapt: Adapt, batch: Batch) -> tuple[jax.Array, Sums]:
-        x_BxTxD, _ = model.hidden(
-            params,
-            batch.tokens_BxT,
-            positions_BxT=batch.positions_BxT,
-            segments_BxT=batch.segments_BxT,
-            adapt=adapt,
-            remat=remat,
-        )
+        x_BxTxD = model.batch_hidden(params, batch, adapt=adapt, remat=remat)
         nats_BxT = model.target_nats(params, x_BxTxD, batch.targets_BxT, adapt, frozen=frozen_base)
         nats_BxT = nats_BxT * batch.weights_BxT
         sums = Sums(

@@ -56,7 +56,6 @@ def generate(
 
     mesh: the one that params lie on; its axis `population` spreads the rows, where it divides their number. Where it is
     of several processes, all of them call this with the same arguments and get the same rows.
-
     record_routes: each row also has a RolloutRecord (of any model: one without mixtures has log-probabilities only).
     seeds: one a row (default 0, 1, ...). Lengths are padded to powers of two, so that few shapes are compiled.
     Raises DataError for an empty batch, a prompt that is empty, holds a token outside the vocabulary or does not fit

@@ -23,7 +23,7 @@ from popax.training.config import TrainConfig
 from popax.training.members import Finished
 from popax.training.record import data_provenance
 from popax.training.stream import Seating
-from popax.types import AdapterState
+from popax.types import AdapterState, Params
 
 
 class RunFiles:
@@ -65,9 +65,8 @@ class RunFiles:
         """What all processes wrote becomes visible in one transaction of process 0's, or nothing does."""
         if self._group.count == 1:
             return
-        told = self._group.gather(
-            {"failure": failure and str(failure), "staged": [staged.to_dict() for staged in self._staged]}
-        )
+        said_here = None if failure is None else f"{type(failure).__name__}: {failure}"
+        told = self._group.gather({"failure": said_here, "staged": [staged.to_dict() for staged in self._staged]})
         failed = [f"process {index}: {one['failure']}" for index, one in enumerate(told) if one["failure"]]
         if failed:
             raise StorageError("; ".join(failed)) from failure
@@ -138,7 +137,10 @@ def shared_arrays(base: Base, cohort: Cohort, catalog: Catalog, mesh: Mesh | Non
     if stored is not None:
         return catalog.shared(stored)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    make = lambda params: cohort.shared(lambda site: base.model.site_weight(params, site))  # noqa: E731
+
+    def make(params: Params) -> AdapterState:
+        return cohort.shared(lambda site: base.model.site_weight(params, site))
+
     return jax.jit(make, out_shardings=everywhere)(base.params)
 
 

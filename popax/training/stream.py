@@ -6,6 +6,7 @@ so that a run resumed from any checkpoint is bitwise the run that was never stop
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from popax.population.placement import Placement
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState
 from popax.population.step import StepMetrics
-from popax.training.compiled import Programs, empty_slots
+from popax.training.compiled import Programs, abstract_population, empty_slots
 from popax.training.config import TrainConfig
 from popax.training.members import Finished, MemberSource, RevisionWriter
 from popax.types import AdapterState, Batch, Params
@@ -81,9 +82,8 @@ class PopulationStream:
 
     def fresh(self) -> Seating:
         """All slots empty, nobody trained."""
-        state = jax.eval_shape(lambda: empty_slots(self._cohort, self._config))
-        shardings = self._placement.shardings(self._cohort, state)
-        make = lambda: empty_slots(self._cohort, self._config)  # noqa: E731
+        shardings = self._placement.shardings(self._cohort, abstract_population(self._cohort, self._config))
+        make = functools.partial(empty_slots, self._cohort, self._config)
         state = make() if shardings is None else jax.jit(make, out_shardings=shardings)()
         return Seating(0, SlotTable.empty(self._config.slots), state)
 

@@ -53,8 +53,7 @@ def _held_too_much(rows):
 def _grown_with_slots(rows):
     """8 -> 4,096 slots: declared and counted FLOPs and bytes of decode and of grouped rows within 5%.
 
-    The pool's own gradient, which JAX wants whole, is what grows in the backward: its bytes are in the floor. What the
-    compiler stages through VMEM is not compared: with larger results to fill it finds time for more of it.
+    The pool's own gradient, which JAX wants whole, is what grows in the backward: its bytes are in the floor.
     """
     grown = []
     for op, name in (
@@ -65,7 +64,6 @@ def _grown_with_slots(rows):
         names = [name.format(distinct=min(slots, 256), slots=slots) for slots in (8, 4096)]
         few, many = ({row["spec"]: row for row in rows if row["op"] == op}[each] for each in names)
         results = many["floor_bytes"] - few["floor_bytes"] if op.endswith("backward") else 0
-        few_bytes, many_bytes = (row["bytes"] - row["staged_bytes"] for row in (few, many))
-        if many["flops"] > 1.05 * few["flops"] or many_bytes - results > 1.05 * few_bytes:
+        if many["flops"] > 1.05 * few["flops"] or many["bytes"] - results > 1.05 * few["bytes"]:
             grown.append((few, many))
     return grown

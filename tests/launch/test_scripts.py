@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-SCRIPTS = ("tpu_queued_resource.sh", "gke_jobset.sh", "slurm.sh")
+SCRIPTS = ("tpu_queued_resource.sh", "gke_jobset.sh", "slurm.sh", "local.sh")
 TRAIN = "-- train --gin_file configs/runs/irc_ubuntu_users.gin --out /bucket/runs --no_table"
 TPU = "run --name irc --project p --zone z --topology v5e:2x2"
 GKE = "--name irc --topology v5e:4x4 --image registry/popax:1 --bucket b-1"
@@ -39,7 +39,7 @@ def test_the_example_in_the_help_runs_dry(shell, script):
     assert "--distributed" in dry.stdout
 
 
-@pytest.mark.parametrize(("script", "words"), list(zip(SCRIPTS, (TPU, GKE, SLURM))))
+@pytest.mark.parametrize(("script", "words"), list(zip(SCRIPTS, (TPU, GKE, SLURM, ""))))
 def test_without_its_tool_a_launcher_says_so(shell, script, words):
     result = shell.run(script, *f"{words} {TRAIN}".split())
     assert result.returncode == 2
@@ -77,6 +77,10 @@ def test_without_its_tool_a_launcher_says_so(shell, script, words):
         ("slurm.sh", f"{SLURM} -- pretrain --out x", "popax pretrain: give one of: train generate"),
         ("slurm.sh", f"{SLURM} -- train --no_table", "popax train needs --out DIR"),
         ("slurm.sh", f"{SLURM} -- train --out x", "several processes make no table; add --no_table"),
+        ("local.sh", "", "no popax command"),
+        ("local.sh", "train", "unexpected 'train'"),
+        ("local.sh", f"--processes 0 {TRAIN}", "--processes '0': a whole number of at least 1"),
+        ("local.sh", f"--devices x {TRAIN}", "--devices 'x'"),
     ],
 )
 def test_bad_input_is_refused_with_its_value_and_the_fix(shell, script, words, message):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from popax.bench.kernels.environment import ENVIRONMENT
 from popax.errors import ConfigError
 from popax.kernels.op import nbytes
+from popax.plan import hlo
 
-_HLO_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+VMEM = 1  # as a memory space of a compiled program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,9 @@ class Counted:
     """What the compiler counts for one program on one device, in bytes and operations.
 
     operand_bytes is the logical size; arguments and temporaries are what the device holds. vmem_bytes: the largest
-    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration.
-    staged_bytes: the part of bytes that is the compiler's own copying of operands and results through VMEM, which it
-    does where it finds time for it and counts several times over, beside the reader's count: bytes - staged_bytes is
-    what compares two programs.
+    scope of a kernel in it, 0 without one. flops and bytes: the compiler's sum, with a kernel's own declaration; bytes
+    without staged_bytes, its own copying of operands and results through VMEM, which it does where it finds time for it
+    and counts several times over, beside the reader's count.
     """
 
     operand_bytes: int
@@ -71,14 +70,15 @@ def count(call: Callable[..., Any], operands: tuple[Any, ...], mesh: Mesh, donat
         compiled = jax.jit(call, donate_argnums=donated, keep_unused=True).lower(*placed).compile()
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text() or ""
     assert memory is not None, "the TPU compiler always has an analysis of memory"
+    staged = _staged_bytes(hlo.parse(text))
     return Counted(
         operand_bytes=nbytes(operands),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         vmem_bytes=_vmem_bytes(text),
         flops=int(cost.get("flops", 0)),
-        bytes=int(cost.get("bytes accessed", 0)),
-        staged_bytes=_staged_bytes(text),
+        bytes=int(cost.get("bytes accessed", 0)) - staged,
+        staged_bytes=staged,
     )
 
 
@@ -89,18 +89,17 @@ def _vmem_bytes(text: str) -> int:
     return max(sizes, default=0)
 
 
-def _staged_bytes(text: str) -> int:
-    """What the compiler's sum has for asynchronous copies between HBM and memory space 1 (VMEM).
+def _staged_bytes(module: hlo.Module) -> int:
+    """What the compiler's sum has for asynchronous copies between HBM and VMEM.
 
     A whole array counts four times, a slice three times: operands and results of the start and of the done.
     """
-    starts = re.findall(r" = \((\w+\[[\d,]*\])(\{[^}]*\}, [^=]*?) copy-start\(", text)
-    slices = re.findall(r" = (\w+\[[\d,]*\])\{[^}]*S\(1\)\} slice-done\(", text)
-    whole = [shape for shape, rest in starts if "S(1)" in rest]
-    return 4 * sum(map(_array_bytes, whole)) + 3 * sum(map(_array_bytes, slices))
-
-
-def _array_bytes(shape: str) -> int:
-    """Of a shape as HLO writes it: "bf16[8192,4096]"."""
-    name, sizes = shape.rstrip("]").split("[")
-    return math.prod(int(size) for size in sizes.split(",") if size) * _HLO_BYTES[name]
+    total = 0
+    for computation in module.computations.values():
+        for instruction in computation.instructions.values():
+            moved = instruction.shapes
+            if instruction.opcode == "copy-start" and any(shape.memory_space == VMEM for shape in moved[:2]):
+                total += 4 * moved[0].nbytes
+            elif instruction.opcode == "slice-done" and moved[0].memory_space == VMEM:
+                total += 3 * moved[0].nbytes
+    return total
