@@ -9,16 +9,8 @@ import pytest
 
 from popax.cli.main import main
 
+TINY_MODEL = Path(__file__).parents[1] / "tiny_model.gin"
 TINY = """
-ModelConfig.vocab_size = 300
-ModelConfig.embed_dim = 16
-ModelConfig.ffw_dim = 24
-ModelConfig.num_layers = 2
-ModelConfig.num_heads = 2
-ModelConfig.num_kv_heads = 1
-ModelConfig.head_dim = 8
-ModelConfig.max_seq_len = 64
-ModelConfig.tied_embeddings = True
 PipelineConfig.seq_len = 24
 PipelineConfig.batch_size = 4
 PipelineConfig.past_fraction = 0.9
@@ -82,7 +74,7 @@ def write_messages(path: Path) -> None:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
     folder = tmp_path_factory.mktemp("road")
-    (folder / "tiny.gin").write_text(TINY)
+    (folder / "tiny.gin").write_text(TINY_MODEL.read_text() + TINY)
     (folder / "users.gin").write_text(USERS)
     write_messages(folder / "messages.jsonl")
     made = World(

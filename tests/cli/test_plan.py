@@ -1,6 +1,7 @@
 """`popax plan`: what it prints and writes, on a compiler that answers at once."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,14 +10,8 @@ from popax.plan import child
 from popax.plan.collectives import Collective
 from popax.plan.compiler import Compiled
 
-MODEL = """
-ModelConfig.vocab_size = 300
-ModelConfig.embed_dim = 16
-ModelConfig.ffw_dim = 24
-ModelConfig.num_layers = 2
-ModelConfig.num_heads = 2
-ModelConfig.num_kv_heads = 1
-ModelConfig.head_dim = 8
+TINY_MODEL = Path(__file__).parents[1] / "tiny_model.gin"
+PLAN = """
 ModelConfig.dtype = 'bfloat16'
 ModelConfig.param_dtype = 'bfloat16'
 PlanConfig.topology = 'v5e:2x2'
@@ -33,7 +28,7 @@ GIB = 1 << 30
 @pytest.fixture
 def gin_file(tmp_path):
     path = tmp_path / "plan.gin"
-    path.write_text(MODEL)
+    path.write_text(TINY_MODEL.read_text() + PLAN)
     return str(path)
 
 

@@ -16,16 +16,8 @@ from popax.cli.main import main
 from popax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+TINY_MODEL = Path(__file__).parents[1] / "tiny_model.gin"
 TINY = """
-ModelConfig.vocab_size = 300
-ModelConfig.embed_dim = 16
-ModelConfig.ffw_dim = 24
-ModelConfig.num_layers = 2
-ModelConfig.num_heads = 2
-ModelConfig.num_kv_heads = 1
-ModelConfig.head_dim = 8
-ModelConfig.max_seq_len = 64
-ModelConfig.tied_embeddings = True
 PipelineConfig.seq_len = 24
 PipelineConfig.batch_size = 4
 PretrainConfig.steps = 3
@@ -54,7 +46,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder, self.base = folder, folder / "pretrained" / "base"
-        (folder / "tiny.gin").write_text(TINY)
+        (folder / "tiny.gin").write_text(TINY_MODEL.read_text() + TINY)
         (folder / "users.gin").write_text(USERS)
         words = random.Random(0)
         with (folder / "messages.jsonl").open("w") as lines:
