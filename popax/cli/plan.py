@@ -103,8 +103,11 @@ def _plan(args: argparse.Namespace, config: Any, model: Any, compile_step: Calla
     from popax.modeling.model import Model
     from popax.plan.fit import SCALED, advice, guess, largest
     from popax.plan.picture import draw_memory
+    from popax.plan.replicas import replicated
     from popax.plan.report import chip_bytes, figures, lines, row
 
+    # A number of replicas that cannot be is refused before anything is compiled.
+    replicas = {times: replicated(config, config.steps[0], times) for times in args.replicas}
     base = Model(model)
     print(f"{base.num_params:,} parameters, {Cohort.of(config.adapter, base.sites()).num_params:,} a user")
     steps, more = [], {}
@@ -122,7 +125,7 @@ def _plan(args: argparse.Namespace, config: Any, model: Any, compile_step: Calla
             print(f"  largest that fits: about {SCALED[step]}={guess(config, compiled)}, an estimate; see --largest")
     rows = [row(config, compiled) for compiled in steps]
     if args.replicas:
-        found, replica_rows = _replicas(args.replicas, config, steps[0], compile_step)
+        found, replica_rows = _replicas(replicas, steps[0], compile_step)
         rows, more = rows + replica_rows, more | found
     named = {"run": Path(args.gin_file[-1]).stem} if args.gin_file else {}
     written: dict[str, Any] = named | figures(config, model, steps) | more
@@ -135,14 +138,13 @@ def _plan(args: argparse.Namespace, config: Any, model: Any, compile_step: Calla
     return written, rows
 
 
-def _replicas(counts: list[int], config: Any, one: Any, compile_step: Callable[..., Any]) -> Result:
+def _replicas(plans: dict[int, Any], one: Any, compile_step: Callable[..., Any]) -> Result:
     """The first step on more replicas of the population."""
-    from popax.plan.replicas import TOLERANCE, growth, replicated
+    from popax.plan.replicas import TOLERANCE, growth
     from popax.plan.report import cross_population_bytes, lines, row
 
     rows, more, crossed = [], [], 0
-    for times in counts:
-        planned = replicated(config, one.step, times)
+    for times, planned in plans.items():
         compiled = compile_step(planned, one.step)
         print("\n".join(lines(planned, compiled)), flush=True)
         more.append(compiled)
@@ -156,7 +158,7 @@ def _replicas(counts: list[int], config: Any, one: Any, compile_step: Callable[.
         f"adapter bytes across the population axis: {crossed}"
     )
     return {
-        "replicas": counts,
+        "replicas": list(plans),
         "replicas_growth": grown,
         "replicas_cross_population_adapter_bytes": crossed,
         "replicas_independent": independent,

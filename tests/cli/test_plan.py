@@ -34,12 +34,13 @@ def gin_file(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The plans that were compiled; a user needs 1 GiB of a device, the rest 4."""
+    """The plans that were compiled; a device's users need 1 GiB for four of them, the rest 4."""
     calls = []
 
     def compile_apart(config, model, step, say):
         calls.append((config, step))
-        needed = 4 * GIB + (config.users if step == "train" else config.decode_rows) * GIB // 4
+        load = config.users if step == "train" else config.decode_rows
+        needed = 4 * GIB + load * GIB // (4 * config.mesh_of(step).population)
         say(f"{step}: compiling, 15 s")
         return Compiled(
             step=step, fits=needed < config.slice.chip.usable_bytes, needed_bytes=needed,
@@ -129,3 +130,28 @@ def test_help_says_what_gpus_need(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     assert "GPU topologies cannot be compiled without a GPU" in " ".join(capsys.readouterr().out.split())
+
+
+def test_replicas_are_compared_and_growth_fails(gin_file, asked, tmp_path, capsys, monkeypatch):
+    report = tmp_path / "plan.json"
+    params = ["plan", "--gin_file", gin_file, "--gin_param", "PlanConfig.steps=('train',)", "--replicas"]
+    assert main([*params, "2", "4", "--json", str(report)]) == 0
+    written = json.loads(report.read_text())
+    assert [config.topology for config, _ in asked] == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]
+    assert (written["figures"]["replicas"], written["figures"]["replicas_growth"]) == ([2, 4], 0.0)
+    assert [row.get("replicas") for row in written["rows"]] == [None, 2, 4]
+    assert "replicas of the population: independent" in capsys.readouterr().out
+
+    alone = child.compile_apart
+
+    def growing(config, *rest):
+        compiled = alone(config, *rest)
+        return compiled._replace(hbm_bytes=compiled.hbm_bytes * config.mesh.population)
+
+    monkeypatch.setattr(child, "compile_apart", growing)
+    assert main([*params, "2"]) == 2
+    assert "NOT INDEPENDENT; a chip's memory, FLOPs and traffic differ by 100.00%" in capsys.readouterr().out
+    asked.clear()
+    assert main([*params, "3"]) == 2
+    assert "3 times as large: sides double, so take a power of two" in capsys.readouterr().err
+    assert not asked

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from popax.plan.collectives import (
+    DCN,
     axes_of_groups,
     axes_of_pairs,
     by_axes,
@@ -119,6 +120,25 @@ def test_adapters_across_users_are_seen_and_metrics_are_not(mesh):
     assert good
     assert crossing(good, "population", users=8) == []
     assert by_axes(bad) == {"population": 65536}
+
+
+def test_what_travels_between_slices_is_a_collective_of_its_own():
+    """As a TPU's compiler writes a sum over two slices: the hosts receive, add and send."""
+    marks = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce_0"'
+    marks += ',_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (p: f32[1,128]) -> f32[1,128] {{
+  %p = f32[1,128]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %recv = (f32[1,128]{{1,0}}, u32[], token[]) recv(%token), channel_id=1, frontend_attributes={{{marks}}}
+  %recv-done = (f32[1,128]{{1,0}}, token[]) recv-done(%recv), channel_id=1, frontend_attributes={{{marks}}}
+  ROOT %sum = f32[1,128]{{1,0}} get-tuple-element(%recv-done), index=0
+}}
+"""
+    (one,) = found = collectives(parse(text), MESH)
+    assert (one.opcode, one.axes, one.crossed_bytes, one.op_name) == ("all-reduce", (DCN,), 512, "all-reduce_0")
+    assert crossing(found, DCN, users=4) == [one]
 
 
 def test_pieces_of_an_asynchronous_collective_are_one():

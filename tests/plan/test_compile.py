@@ -11,8 +11,9 @@ from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.plan.child import compile_apart
-from popax.plan.collectives import by_axes
+from popax.plan.collectives import DCN, by_axes
 from popax.plan.config import STEPS, MeshShape, PlanConfig
+from popax.plan.replicas import TOLERANCE, growth, replicated
 from popax.plan.report import cross_population_bytes
 
 pytestmark = [
@@ -80,16 +81,21 @@ def test_no_adapter_crosses_users_and_weights_cross_fsdp(compiled):
 
 def test_a_step_does_not_grow_with_the_replicas_of_the_population(compiled):
     """The same load a replica on 2, 4 and 8 devices of two each: bytes and FLOPs of a device within 2%."""
-    steps = [compiled["train"]]
-    for replicas, topology in ((4, "v5e:2x4"), (8, "v5e:4x4")):
-        config = dataclasses.replace(
-            CONFIG, topology=topology, mesh=MeshShape(population=replicas, fsdp=2), users=4 * replicas, steps=("train",)
-        )
-        steps.append(compile_apart(config, MODEL, "train"))
-        assert cross_population_bytes(config, steps[-1]) == 0
-    for name in ("needed_bytes", "matmul_flops", "hbm_bytes"):
-        one, *others = (getattr(step, name) for step in steps)
-        assert others == pytest.approx([one] * len(others), rel=0.02), name
+    plans = [replicated(CONFIG, "train", times) for times in (2, 4)]
+    steps = [compile_apart(config, MODEL, "train") for config in plans]
+    assert [cross_population_bytes(config, step) for config, step in zip(plans, steps, strict=True)] == [0, 0]
+    assert growth(compiled["train"], steps) <= TOLERANCE
+
+
+def test_nothing_but_the_population_lies_across_slices(compiled):
+    """Two slices, each with the load of one: a device's work is the same, and nothing of a user's crosses."""
+    config = dataclasses.replace(
+        CONFIG, slices=2, mesh=MeshShape(population=4, fsdp=2), users=16, slots=16, steps=("train",)
+    )
+    step = compile_apart(config, MODEL, "train")
+    assert cross_population_bytes(config, step) == 0
+    assert set(by_axes(step.collectives)) <= {"fsdp", DCN}
+    assert growth(compiled["train"], [step]) <= TOLERANCE
 
 
 def test_a_step_that_is_too_large_is_a_result():
