@@ -67,6 +67,13 @@ def _call(kernel, blocks, operands, population, name):
     return over_population(lambda *arrays: kernel(*arrays, **options), operands, population)
 
 
+def replicas() -> int:
+    """Into how many parts the ambient mesh spreads the population; 1 without one, and where it is cut already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return 1 if kinds.get(POPULATION) in (None, jax.sharding.AxisType.Manual) else mesh.shape[POPULATION]
+
+
 def over_population(kernel: Implementation, operands: Sequence[Any], population: tuple[bool, ...] | None) -> Any:
     """kernel(*operands), once for each shard of the population where the ambient mesh spreads it over devices.
 

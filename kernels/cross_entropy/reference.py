@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Entries of a chunk of logits: half a gigabyte in float32.
+from popax.kernels import dispatch
+
+# Entries of a chunk of logits, on each replica of the population: half a gigabyte in float32.
 MOST_LOGITS = 1 << 27
 
 
@@ -73,7 +75,9 @@ def chunks(rows: int, vocab: int, most_logits: int = MOST_LOGITS) -> int:
 
 def _by_rows(some: Callable[..., tuple], x_MxD, target_M, vocab: int, most_logits: int, unroll: bool) -> Any:
     """some(x, target) on all rows, one chunk after the other."""
-    (rows, d_in), count = x_MxD.shape, chunks(x_MxD.shape[0], vocab, most_logits)
+    rows, d_in = x_MxD.shape
+    # Each chunk may gather the head: their number must not grow with the replicas, each of which has a part of it.
+    count = chunks(rows, vocab, most_logits * dispatch.replicas())
     if count <= 1:
         return some(x_MxD, target_M)
     # Chunk c has the rows c, c + count, ...: where users are spread over devices, each device has its share of every

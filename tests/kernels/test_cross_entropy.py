@@ -175,6 +175,23 @@ def test_spread_users_need_no_collective(lora_math):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_chunks_do_not_grow_with_the_replicas(lora_math):
+    """A chunk may gather the head: twice the users on twice the replicas are as many chunks, of the same numbers."""
+    x, w, target = _operands(lora_math, 8, (64, 8, 40), True)
+    nats = functools.partial(reference.nats, vocab_first=True, most_logits=320)
+
+    def lengths(rows):
+        scans = jax.make_jaxpr(nats)(x[:rows], w, target[:rows]).eqns
+        return [each.params["length"] for each in scans if each.primitive.name == "scan"]
+
+    assert (lengths(32), lengths(64)) == ([4], [8])
+    for replicas, rows in ((2, 32), (4, 64)):
+        with jax.set_mesh(jax.make_mesh((replicas, 2), ("population", "fsdp"), devices=jax.devices()[: 2 * replicas])):
+            assert lengths(rows) == [2]
+            by_chunks = nats(x, w, target)[0]
+        np.testing.assert_allclose(by_chunks, nats(x, w, target)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_the_tables_rows_agree(op):
     """Every named shape is one the op takes; the rivals are the same function."""
