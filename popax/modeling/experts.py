@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from popax.modeling.grouped_matmul import grouped_matmul, grouped_matmul_back, grouped_outer
+from popax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_back, grouped_outer
 
 # Tokens whose sorted copies are in memory at once: K copies of each, of embed_dim and of expert_ffw_dim features.
 CHUNK_TOKENS = 4096

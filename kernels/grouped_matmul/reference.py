@@ -1,10 +1,7 @@
-"""Products of consecutive groups of rows, each with its own matrix: the arithmetic of a mixture of experts.
+"""XLA's forms: `jax.lax.ragged_dot` where the TPU compiler has it as an instruction, and loops over blocks elsewhere.
 
-A measured kernel enters here, in place of `jax.lax.ragged_dot` on the platforms where it is ahead. On CPU ragged_dot
-multiplies every row by every group's matrix, so the host gets loops over blocks of rows that hold one group each.
-
-Groups are consecutive: sizes_E[e] rows of group e follow those of group e - 1. Results are unspecified in rows beyond
-the last group; they must not be read.
+Off TPU ragged_dot multiplies every row by every group's matrix: CPU and GPU get loops over blocks of rows that hold
+one group each.
 """
 
 from typing import NamedTuple
@@ -20,19 +17,19 @@ BACK = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 OUTER = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 
-def grouped_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """rows[r] w[group of r], [R, B]."""
-    return jax.lax.platform_dependent(rows_RxA, w_ExAxB, sizes_E, cpu=blocked_matmul, default=ragged_matmul)
+    return jax.lax.platform_dependent(rows_RxA, w_ExAxB, sizes_E, tpu=ragged_matmul, default=blocked_matmul)
 
 
-def grouped_matmul_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """rows[r] w[group of r]^T, [R, A]: how gradients go back through `grouped_matmul` to its rows."""
-    return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, cpu=blocked_back, default=ragged_back)
+def back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """rows[r] w[group of r]^T, [R, A]."""
+    return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, tpu=ragged_back, default=blocked_back)
 
 
-def grouped_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows."""
-    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, cpu=blocked_outer, default=ragged_outer)
+    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, tpu=ragged_outer, default=blocked_outer)
 
 
 def ragged_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
