@@ -29,18 +29,22 @@ def run(
     implementation: str | None = None,
     population: tuple[bool, ...] | None = None,
     block_types: Mapping[str, Any] = MappingProxyType({}),
+    untuned: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """implementations[best](*operands).
 
     op: "folder.pass". spec: the call's shape, as in the op's arg_specs. implementation: this one and no other, for
     benchmarks and tests; it raises NotImplementedError, with the reason, where it cannot. population: which operands
     have the population axis first (every result has it); a mesh that spreads users over devices then gets one kernel
-    call a device. block_types: the NamedTuple of block sizes that each kernel takes as `blocks=`.
+    call a device. block_types: the NamedTuple of block sizes that each kernel takes as `blocks=`. untuned: what runs on
+    a platform's devices for which no row is near, where that is not XLA's form.
     """
     if implementation is not None:
         return _call(implementations[implementation], None, operands, population, implementation)
     platform = target.platform()
     choice = tuning.choose(op, target.device_kind(), spec, dtype) if platform in BACKENDS else None
+    if choice is None and platform in untuned:
+        choice = tuning.Choice(untuned[platform], None)
     if choice is None or choice.implementation not in BACKENDS[platform]:
         return implementations[XLA](*operands)
     if choice.implementation not in implementations:

@@ -58,18 +58,19 @@ def backward(
     return dx_MxD, da_SxRxD, db_SxRxF, gb_RxM
 
 
-def candidates(tokens: int, rank: int) -> tuple[Blocks, ...]:
+def candidates(tokens: int, rank: int, *, backward: bool) -> tuple[Blocks, ...]:
     """Block sizes that are worth a clock, likely ones first. tokens: consecutive rows of one slot."""
     if tokens == 1:
         return tuple(Blocks(1, block, warps, 1) for block in (512, 1024) for warps in (4, 8))
     tiles = [tile for tile in (64, 32, 128) if tile <= tokens] or [16]
-    joints = (512, 256, 0) if rank <= 16 else (256, 128, 0)
+    # Only a backward pass has joint passes.
+    joints = () if not backward else (512, 256, 0) if rank <= 16 else (256, 128, 0)
     shapes = [(tile, block, warps) for tile in tiles for block, warps in ((128, 4), (64, 4), (256, 8))]
     # The first tile with every joint pass, and the other tiles with the first one.
     return tuple(
         Blocks(tile, block, warps, 3, 1, joint)
         for tile, block, warps in shapes
-        for joint in (joints if tile == tiles[0] else joints[:1])
+        for joint in ((joints if tile == tiles[0] else joints[:1]) or (0,))
         # Three stages of a tall tile and of a wide rank's factor are more than the shared memory of a processor.
         if rank <= 16 or tile * block <= 128 * 128
     )

@@ -1,14 +1,17 @@
 """The op's rows of the table: what tests compile, what the tuner tries and what the benchmark compares."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popax.kernels import target
 from popax.kernels.fused_lora import pallas_gpu, pallas_tpu, quantize, reference, tiling
 from popax.kernels.fused_lora.arg_specs import ARG_SPECS, ArgSpec
 from popax.kernels.op import Cost, Op, nbytes
+from popax.kernels.stacked_lora import pallas_gpu as stacked_gpu
 from popax.kernels.stacked_lora import pallas_tpu as stacked_tpu
 
 MOST_CANDIDATES = 12
@@ -66,14 +69,18 @@ def _backward_cost(spec: ArgSpec, dtype) -> Cost:
     return Cost(2 * products, nbytes(operands) + nbytes((x, a, b, scale)))
 
 
+def _stacked() -> Any:
+    return stacked_gpu if target.platform() == "cuda" else stacked_tpu
+
+
 def _matmul_then_kernel(x_NxTxD, w_DxF, a_NxRxD, b_NxRxF, scale_N, w_scale_F):
     """XLA's product, then the stacked op's kernel, which reads x and y once more."""
     y_NxTxF = reference.product(x_NxTxD, w_DxF, w_scale_F)
-    return stacked_tpu.forward(x_NxTxD, a_NxRxD, b_NxRxF, scale_N, y_NxTxF)
+    return _stacked().forward(x_NxTxD, a_NxRxD, b_NxRxF, scale_N, y_NxTxF)
 
 
 def _matmul_then_kernel_backward(g_NxTxF, x_NxTxD, h_NxRxT, w_DxF, a_NxRxD, b_NxRxF, scale_N, w_scale_F):
-    dx_NxTxD, *factors = stacked_tpu.backward(g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N)
+    dx_NxTxD, *factors = _stacked().backward(g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N)
     return (reference.input_gradient(g_NxTxF, w_DxF, w_scale_F) + dx_NxTxD, *factors)
 
 

@@ -11,6 +11,8 @@ from popax.kernels.grouped_matmul import pallas_gpu, reference
 from popax.kernels.grouped_matmul.arg_specs import ArgSpec
 
 _BLOCKS = {"pallas_triton": pallas_gpu.Blocks}
+# XLA multiplies every row by every group's matrix on GPU, or goes through the blocks one after the other.
+_UNTUNED = {"cuda": "pallas_triton"}
 
 
 def grouped_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -32,4 +34,5 @@ def grouped_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array)
 
 def _run(op: str, forms, rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     spec = ArgSpec("", rows.shape[0], *w_ExAxB.shape)
-    return dispatch.run(op, forms, spec, rows, w_ExAxB, sizes_E, dtype=rows.dtype.name, block_types=_BLOCKS)
+    options = {"dtype": rows.dtype.name, "block_types": _BLOCKS, "untuned": _UNTUNED}
+    return dispatch.run(op, forms, spec, rows, w_ExAxB, sizes_E, **options)

@@ -1,7 +1,7 @@
-"""XLA's forms: `jax.lax.ragged_dot` where the TPU compiler has it as an instruction, and loops over blocks elsewhere.
+"""XLA's forms: `jax.lax.ragged_dot`, and loops over blocks of rows that hold one group each for the host.
 
-Off TPU ragged_dot multiplies every row by every group's matrix: CPU and GPU get loops over blocks of rows that hold
-one group each.
+On CPU ragged_dot multiplies every row by every group's matrix. It does so on GPU, too, but there it is still ahead of a
+loop, whose blocks wait for each other.
 """
 
 from typing import NamedTuple
@@ -19,17 +19,17 @@ OUTER = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 def matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """rows[r] w[group of r], [R, B]."""
-    return jax.lax.platform_dependent(rows_RxA, w_ExAxB, sizes_E, tpu=ragged_matmul, default=blocked_matmul)
+    return jax.lax.platform_dependent(rows_RxA, w_ExAxB, sizes_E, cpu=blocked_matmul, default=ragged_matmul)
 
 
 def back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """rows[r] w[group of r]^T, [R, A]."""
-    return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, tpu=ragged_back, default=blocked_back)
+    return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, cpu=blocked_back, default=ragged_back)
 
 
 def outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows."""
-    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, tpu=ragged_outer, default=blocked_outer)
+    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, cpu=blocked_outer, default=ragged_outer)
 
 
 def ragged_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:

@@ -147,8 +147,13 @@ def _decode_candidates(spec: DecodeSpec, implementation: str) -> tuple:
     return decode_gpu.candidates(spec.tokens, spec.distinct) if implementation == "pallas_triton" else ()
 
 
-def _grouped_candidates(spec: GroupedSpec, implementation: str) -> tuple:
-    return triton_lora.candidates(spec.tokens // spec.runs, spec.rank) if implementation == "pallas_triton" else ()
+def _grouped_candidates(*, backward: bool):
+    def candidates(spec: GroupedSpec, implementation: str) -> tuple:
+        if implementation != "pallas_triton":
+            return ()
+        return triton_lora.candidates(spec.tokens // spec.runs, spec.rank, backward=backward)
+
+    return candidates
 
 
 RUNS = GROUPED_SPECS[0].runs
@@ -182,7 +187,7 @@ GROUPED = Op(
     rivals={"ragged_dot": _grouped_ragged, "one_hot": _grouped_one_hot},
     cost=functools.partial(_grouped_cost, backward=False),
     block_types={"pallas_tpu": grouped_tpu.Blocks, "pallas_triton": triton.Blocks},
-    blocks=_grouped_candidates,
+    blocks=_grouped_candidates(backward=False),
     donated=(6,),
 )
 GROUPED_BACKWARD = Op(
@@ -198,6 +203,6 @@ GROUPED_BACKWARD = Op(
     rivals={},
     cost=functools.partial(_grouped_cost, backward=True),
     block_types={"pallas_tpu": grouped_tpu.Blocks, "pallas_triton": triton.Blocks},
-    blocks=_grouped_candidates,
+    blocks=_grouped_candidates(backward=True),
 )
 OPS = (DECODE, GROUPED, GROUPED_BACKWARD)

@@ -68,17 +68,20 @@ def _one_hot(x_NxTxD, a_NxRxD, b_NxRxF, scale_N, y_NxTxF):
     return y_NxTxF + delta_NxTxF.astype(y_NxTxF.dtype), h_NxRxT.astype(x_NxTxD.dtype)
 
 
-def _candidates(spec: ArgSpec, implementation: str) -> tuple:
-    if implementation == "pallas_triton":
-        return triton_lora.candidates(spec.tokens, spec.rank)
-    tiles = [tile for tile in (128, 256, 512) if spec.tokens % tile == 0] or [spec.tokens]
-    widths = [
-        (d_in, d_out)
-        for d_in in (512, 1024, 2048)
-        for d_out in (512, 1024, 2048)
-        if spec.d_in % d_in == 0 and spec.d_out % d_out == 0
-    ]
-    return tuple(pallas_tpu.Blocks(tile, *width) for tile in tiles for width in widths)
+def _candidates(*, backward: bool):
+    def candidates(spec: ArgSpec, implementation: str) -> tuple:
+        if implementation == "pallas_triton":
+            return triton_lora.candidates(spec.tokens, spec.rank, backward=backward)
+        tiles = [tile for tile in (128, 256, 512) if spec.tokens % tile == 0] or [spec.tokens]
+        widths = [
+            (d_in, d_out)
+            for d_in in (512, 1024, 2048)
+            for d_out in (512, 1024, 2048)
+            if spec.d_in % d_in == 0 and spec.d_out % d_out == 0
+        ]
+        return tuple(pallas_tpu.Blocks(tile, *width) for tile in tiles for width in widths)
+
+    return candidates
 
 
 _BLOCK_TYPES = {"pallas_tpu": pallas_tpu.Blocks, "pallas_triton": triton.Blocks}
@@ -96,7 +99,7 @@ FORWARD = Op(
     rivals={"ragged_dot": _ragged_dot, "one_hot": _one_hot},
     cost=_forward_cost,
     block_types=_BLOCK_TYPES,
-    blocks=_candidates,
+    blocks=_candidates(backward=False),
     donated=(4,),
 )
 BACKWARD = Op(
@@ -112,6 +115,6 @@ BACKWARD = Op(
     rivals={},
     cost=_backward_cost,
     block_types=_BLOCK_TYPES,
-    blocks=_candidates,
+    blocks=_candidates(backward=True),
 )
 OPS = (FORWARD, BACKWARD)

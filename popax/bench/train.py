@@ -143,9 +143,11 @@ def bench_train(
     embedded = jax.jit(setup.model.embed)(setup.params, setup.batch.tokens_BxT)
     plain = jax.jit(base_only(setup.model, remat=config.remat))
     runners = _Runners(setup, embedded, plain)
-    first = {name: _seconds(run) for name, run in runners.table().items()}
+    first = {}
+    for name, run in runners.table().items():
+        first[name] = _seconds(run)
+        progress(f"first call, with compilation: {name} {first[name]:.1f} s")
     runners.change_users()  # compiles what seats a user, once
-    progress("first calls (with compilation): " + ", ".join(f"{name} {value:.1f} s" for name, value in first.items()))
     rounds: list[dict[str, float]] = []
     on_processors: list[dict[str, float]] = []
     with CompileCounter() as compiled:

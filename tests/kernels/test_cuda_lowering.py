@@ -13,7 +13,8 @@ from popax.kernels.table import OPS
 
 TRITON = "pallas_triton"
 TARGETS = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")  # jax 0.10's custom call and its successor's
-# Toys, every site of Qwen3-8B, the experts of Qwen3-30B, and each rank and number of slots there; the other models' shapes say nothing new.
+# Toys, every site of Qwen3-8B, the experts of Qwen3-30B, and each rank and number of slots there: other models' shapes
+# say nothing new.
 REPRESENTATIVE = re.compile(r"toy|qwen3_8b|qwen3_30b")
 CASES = [
     pytest.param(op, spec, id=f"{op.name}-{spec.name}")

@@ -47,15 +47,17 @@ class Form:
     updates in place need not copy, and one that does not is not charged for it. result: of the first copy's first call.
     """
 
-    def __init__(self, call: Callable[..., Any], copies: Sequence[tuple[Any, ...]], donated: tuple[int, ...]):
-        def run(given, kept):
-            results = [call(*_joined(own, rest, donated)) for own, rest in zip(given, kept, strict=True)]
-            # Every result leaves the program: what nobody takes would not be computed.
-            return tuple(zip(*map(_taken, given, results), strict=True))
-
-        self._kept = [tuple(each for at, each in enumerate(one) if at not in donated) for one in copies]
-        self._given = jax.tree.map(jnp.copy, [tuple(one[at] for at in donated) for one in copies])
-        self._program = jax.jit(run, donate_argnums=0).lower(self._given, self._kept).compile()
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        copies: Sequence[tuple[Any, ...]],
+        donated: tuple[int, ...],
+        program: Any = None,
+    ):
+        """program: what `compiled` made of the same arguments, where it was made beforehand."""
+        self._program = program or compiled(call, copies, donated)
+        given, self._kept = _divided(copies, donated)
+        self._given = jax.tree.map(jnp.copy, given)
         taken, left = self._program(self._given, self._kept)
         self._given = list(taken)
         self.result = jax.tree.map(jnp.copy, (taken[0], left[0]))
@@ -81,6 +83,23 @@ class Form:
             self._given = list(taken)
         jax.block_until_ready((taken, left))
         return (time.perf_counter() - begin) / (programs * len(self._kept))
+
+
+def compiled(call: Callable[..., Any], copies: Sequence[tuple[Any, ...]], donated: tuple[int, ...]) -> Any:
+    """The program of a `Form`; nothing runs on the device, so that several may be compiled at a time."""
+
+    def run(given, kept):
+        results = [call(*_joined(own, rest, donated)) for own, rest in zip(given, kept, strict=True)]
+        # Every result leaves the program: what nobody takes would not be computed.
+        return tuple(zip(*map(_taken, given, results), strict=True))
+
+    return jax.jit(run, donate_argnums=0).lower(*_divided(copies, donated)).compile()
+
+
+def _divided(copies: Sequence[tuple[Any, ...]], donated: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    """(what is given up, what is kept) of each copy."""
+    kept = [tuple(each for at, each in enumerate(one) if at not in donated) for one in copies]
+    return [tuple(one[at] for at in donated) for one in copies], kept
 
 
 def _joined(own: tuple[Any, ...], rest: tuple[Any, ...], donated: tuple[int, ...]) -> list[Any]:
@@ -177,8 +196,9 @@ def ceilings(memory: int, dtype: Any) -> Ceilings:
     The best of several rounds, where everything else is a median: a floor must not be too high.
     """
     entries = min(1 << 29, max(1 << 20, memory // 16 // jnp.dtype(dtype).itemsize))
-    copied = Form(lambda x: -x, [(jnp.ones((entries,), dtype),)], ())
-    copy_s = min(copied.seconds(0.05) for _ in range(5))
+    # A loop's copy, and the driver's own.
+    copied = [Form(copy, [(jnp.ones((entries,), dtype),)], ()) for copy in (lambda x: -x, jnp.copy)]
+    copy_s = min(form.seconds(0.05) for form in copied for _ in range(5))
     flops_per_s, side = 0.0, 512
     while side <= 8192:
         square = jnp.ones((side, side), dtype)
