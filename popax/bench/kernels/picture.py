@@ -6,7 +6,7 @@ from typing import Any
 
 from popax.errors import ConfigError
 
-MOST_SHAPES = 40
+MOST_SHAPES = 18
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path, most: int = MOST_SHAPES) -> None:
@@ -26,7 +26,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, most: int = MOST_SHAPES)
     forms = list(dict.fromkeys(row["implementation"] for row in timed))
     ratios = {(row["op"], row["spec"], row["implementation"]): row["ratio"] for row in timed}
     height = 0.8 / len(forms)
-    figure, axes = plt.subplots(figsize=(9.0, 1.5 + 0.16 * len(shapes) * (len(forms) + 1)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.0, 1.5 + 0.1 * len(shapes) * (len(forms) + 1)), layout="constrained")
     for at, form in enumerate(forms):
         places = [place for place, shape in enumerate(shapes) if (*shape, form) in ratios]
         values = [ratios[(*shapes[place], form)] for place in places]

@@ -220,9 +220,13 @@ def _judged(op: Op, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tuned_row(op: Op, spec: Any, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of a tuned file that a spec's rows make; None where they have no default or it is nobody's op."""
+    """The row of a tuned file that a spec's rows make; None where they have no default, or it is nobody's op.
+
+    None, too, where the budget left out one of the op's own forms: it might have been ahead.
+    """
     default = next((row for row in rows if row.get("default")), None)
-    if default is None or op.name.startswith("base."):
+    unknown = any("left_out" in row for row in rows if row["implementation"] in op.implementations)
+    if default is None or unknown or op.name.startswith("base."):
         return None
     keep = ("seconds", "skipped", "failed")
     why = {row["implementation"]: {key: row[key] for key in keep if key in row} for row in rows}
