@@ -23,8 +23,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, most: int = MOST_SHAPES)
     import matplotlib.pyplot as plt
 
     shapes = list(dict.fromkeys((row["op"], row["spec"]) for row in timed))[:most]
-    forms = list(dict.fromkeys(row["implementation"] for row in timed))
-    ratios = {(row["op"], row["spec"], row["implementation"]): row["ratio"] for row in timed}
+    shown = [row for row in timed if (row["op"], row["spec"]) in shapes]
+    forms = list(dict.fromkeys(row["implementation"] for row in shown))
+    ratios = {(row["op"], row["spec"], row["implementation"]): row["ratio"] for row in shown}
     height = 0.8 / len(forms)
     figure, axes = plt.subplots(figsize=(9.0, 1.5 + 0.1 * len(shapes) * (len(forms) + 1)), layout="constrained")
     for at, form in enumerate(forms):
