@@ -43,16 +43,18 @@ class ShardingRules:
         """The PartitionSpec of an array with these logical axes. Raises ConfigError on an unknown logical axis."""
         table = dict(self.rules)
         taken: set[str] = set()
-        entries: list[Any] = []
-        for axis in axes:
+        entries: list[Any] = [None] * len(axes)
+        # A mesh axis may shard one dimension of an array only: the first that asks for it gets it, but experts before
+        # users, so that adapters on experts lie where the experts do.
+        for at in sorted(range(len(axes)), key=lambda at: axes[at] != "expert"):
+            axis = axes[at]
             if axis is not None and axis not in table:
                 raise ConfigError(f"logical axis {axis!r} has no sharding rule; the rules know {', '.join(table)}")
             wanted = table[axis] if axis is not None else None
             names = (wanted,) if isinstance(wanted, str) else (wanted or ())
-            # A mesh axis may shard one dimension of an array only: the first that asks for it gets it.
             names = tuple(name for name in names if name in mesh.axis_names and name not in taken)
             taken.update(names)
-            entries.append(names[0] if len(names) == 1 else (names or None))
+            entries[at] = names[0] if len(names) == 1 else (names or None)
         return PartitionSpec(*entries)
 
     def sharding(self, axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:

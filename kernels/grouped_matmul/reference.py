@@ -4,6 +4,7 @@ On CPU ragged_dot multiplies every row by every group's matrix. It does so on GP
 loop, whose blocks wait for each other.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,9 +28,12 @@ def back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Arr
     return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, cpu=blocked_back, default=ragged_back)
 
 
-def outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows."""
-    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, cpu=blocked_outer, default=ragged_outer)
+    forms = [functools.partial(form, dtype=dtype) for form in (blocked_outer, ragged_outer)]
+    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, cpu=forms[0], default=forms[1])
 
 
 def ragged_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -40,8 +44,10 @@ def ragged_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> 
     return jax.lax.ragged_dot_general(rows_RxB, w_ExAxB, sizes_E, BACK)
 
 
-def ragged_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(left_RxA, right_RxB, sizes_E, OUTER)
+def ragged_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    return jax.lax.ragged_dot_general(left_RxA, right_RxB, sizes_E, OUTER, preferred_element_type=dtype)
 
 
 def blocked_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -52,7 +58,9 @@ def blocked_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) ->
     return _over_blocks(rows_RxB, w_ExAxB, sizes_E, lambda rows, w: rows @ w.T, w_ExAxB.shape[1])
 
 
-def blocked_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def blocked_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
     blocks = _Blocks.of(sizes_E, left_RxA.shape[0])
     left, right = _padded(left_RxA, blocks.size), _padded(right_RxB, blocks.size)
 
@@ -62,10 +70,10 @@ def blocked_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array)
         rows = jnp.where(own_rx1, _rows(left, start, blocks.size), jnp.zeros((), left.dtype))
         # Rows of other groups are zeroed on both sides: zero times what is not finite would not be zero.
         others = jnp.where(own_rx1, _rows(right, start, blocks.size), jnp.zeros((), right.dtype))
-        return out_ExAxB.at[group].add(rows.T @ others)
+        return out_ExAxB.at[group].add(jnp.matmul(rows.T, others, preferred_element_type=dtype))
 
     shape = (sizes_E.shape[0], left_RxA.shape[1], right_RxB.shape[1])
-    return jax.lax.fori_loop(0, blocks.total, body, jnp.zeros(shape, left_RxA.dtype))
+    return jax.lax.fori_loop(0, blocks.total, body, jnp.zeros(shape, dtype or left_RxA.dtype))
 
 
 class _Blocks(NamedTuple):

@@ -124,8 +124,11 @@ class Model:
 
         def add(site: str, layers: int, first_layer: int) -> None:
             kernel = _kernel_name(site)
-            d_in, d_out = abstract[kernel].shape[-2:]
-            shape = {"d_in": d_in, "d_out": d_out, "axes": axes[kernel][-2:]}
+            (d_in, d_out), own = abstract[kernel].shape[-2:], axes[kernel][-2:]
+            shape = {"d_in": d_in, "d_out": d_out, "axes": own}
+            if "expert" in axes[kernel]:
+                shape["experts"] = abstract[kernel].shape[-3]
+                shape["hidden_side"] = "in" if own[1] == "expert_ffw" else "out"
             found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
 
         for stack in self.stacks.values():
@@ -136,7 +139,7 @@ class Model:
         return found
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
-        """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered."""
+        """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts."""
         self._check_site(site)
         return flatten_named(params)[_kernel_name(site)]
 

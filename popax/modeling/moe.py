@@ -7,7 +7,7 @@ from flax import nnx
 
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
-from popax.modeling.experts import ExpertWeights
+from popax.modeling.experts import Choice, ExpertWeights, Values
 from popax.modeling.layers import SwiGLU, normal, project
 from popax.modeling.routed import routed_experts
 from popax.modeling.router import Router
@@ -15,28 +15,53 @@ from popax.types import SiteFn
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix for each expert, [E, d_in, d_out]. Not a site: adapters act where all tokens of a user pass."""
+    """One matrix for each expert, [E, d_in, d_out], at one site."""
 
     def __init__(
-        self, shape: tuple[int, int, int], axes: tuple[str, str], *, std: float, param_dtype: str, rngs: nnx.Rngs
+        self,
+        site: str,
+        shape: tuple[int, int, int],
+        axes: tuple[str, str],
+        *,
+        std: float,
+        param_dtype: str,
+        rngs: nnx.Rngs,
     ):
+        self.site = site
         self.kernel = nnx.Param(normal(rngs, shape, std, param_dtype), axes=("expert", *axes))
 
 
 class Experts(nnx.Module):
     """The MLPs among which the router chooses."""
 
-    def __init__(self, embed_dim: int, config: MoEConfig, *, param_dtype: str, rngs: nnx.Rngs, out_std: float):
+    def __init__(
+        self, name: str, embed_dim: int, config: MoEConfig, *, param_dtype: str, rngs: nnx.Rngs, out_std: float
+    ):
         count, ffw, options = config.num_experts, config.expert_ffw_dim, {"param_dtype": param_dtype, "rngs": rngs}
         in_std = 1 / math.sqrt(embed_dim)
         wide, narrow = (count, embed_dim, ffw), (count, ffw, embed_dim)
-        self.gate_proj = ExpertLinear(wide, ("embed", "expert_ffw"), std=in_std, **options)
-        self.up_proj = ExpertLinear(wide, ("embed", "expert_ffw"), std=in_std, **options)
-        self.down_proj = ExpertLinear(narrow, ("expert_ffw", "embed"), std=out_std, **options)
+        self.gate_proj = ExpertLinear(f"{name}.gate_proj", wide, ("embed", "expert_ffw"), std=in_std, **options)
+        self.up_proj = ExpertLinear(f"{name}.up_proj", wide, ("embed", "expert_ffw"), std=in_std, **options)
+        self.down_proj = ExpertLinear(f"{name}.down_proj", narrow, ("expert_ffw", "embed"), std=out_std, **options)
 
-    @property
-    def weights(self) -> ExpertWeights:
-        return ExpertWeights(*(part.kernel[...] for part in (self.gate_proj, self.up_proj, self.down_proj)))
+    def __call__(self, x_BxTxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, site_fn: SiteFn) -> jax.Array:
+        """y = sum over the chosen experts of weight * mlp_e(x), with what adapters make of the experts."""
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        weights = ExpertWeights(*(part.kernel[...] for part in parts))
+        terms = site_fn.expert_terms(x_BxTxD, (parts[0].site, parts[1].site, parts[2].site))
+        x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+        if terms is None:
+            outputs = routed_experts(Values(x_MxD, weight_MxK), Choice(expert_MxK), weights, None)
+            return outputs.y_MxD.reshape(x_BxTxD.shape)
+        flat = lambda leaf: leaf.reshape(x_MxD.shape[0], -1)  # noqa: E731
+        slot_Mx1, *lows = jax.tree.map(flat, (terms.slot_BxT, terms.gate_BxTxR, terms.up_BxTxR))
+        choice = Choice(expert_MxK, slot_Mx1)
+        outputs = routed_experts(Values(x_MxD, weight_MxK, *lows), choice, weights, terms.factors)
+        y_BxTxD = outputs.y_MxD.reshape(x_BxTxD.shape)
+        if outputs.low_MxQ is None:
+            return y_BxTxD
+        low_BxTxR = outputs.low_MxQ.reshape(*x_BxTxD.shape[:-1], -1)
+        return site_fn.after_experts(self.down_proj.site, low_BxTxR, y_BxTxD)
 
 
 class MoE(nnx.Module):
@@ -46,7 +71,7 @@ class MoE(nnx.Module):
         options = {"param_dtype": config.param_dtype, "rngs": rngs}
         self.router = Router(f"{name}.router", config.embed_dim, moe, **options)
         out_std = shrink / math.sqrt(moe.expert_ffw_dim)
-        self.experts = Experts(config.embed_dim, moe, **options, out_std=out_std)
+        self.experts = Experts(f"{name}.experts", config.embed_dim, moe, **options, out_std=out_std)
         dims, out_std = (config.embed_dim, moe.shared_ffw_dim), shrink / math.sqrt(max(moe.shared_ffw_dim, 1))
         wanted = {"bias": config.mlp_bias, **options, "out_std": out_std}
         self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
@@ -60,8 +85,7 @@ class MoE(nnx.Module):
         recorded_MxK = None if routes_BxTxK is None else routes_BxTxK.reshape(-1, routes_BxTxK.shape[-1])
         expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]), recorded_MxK)
         taken_BxTxK = expert_MxK.reshape(*x_BxTxD.shape[:-1], -1)
-        x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        y_BxTxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights).reshape(x_BxTxD.shape)
+        y_BxTxD = self.experts(x_BxTxD, expert_MxK, weight_MxK, site_fn)
         if self.shared is None:
             return y_BxTxD, taken_BxTxK
         gate_BxTxF, up_BxTxF = inner_BxTxF

@@ -1,9 +1,11 @@
 """Routed experts as an operation of one user: its vmap folds users into tokens, its gradient skips frozen experts.
 
 The experts' weights are everybody's. A vmap rule written out keeps them so: sorted copies of all users' tokens meet one
-set of weights, where XLA's own rules would gather weights for each user.
+set of weights, where XLA's own rules would gather weights for each user. Users' factors become slots of one call, and
+their tokens say which is theirs.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,45 +16,76 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from popax.modeling import expert_parallel
-from popax.modeling.experts import ExpertWeights
+from popax.modeling.experts import Choice, ExpertWeights, Outputs, Values
+from popax.types import ExpertFactors
 
 
 @jax.custom_vjp
-def routed_experts(x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """y[m] = sum_k weight[m, k] mlp_{expert[m, k]}(x[m]), [M, D] in x's dtype; on the ambient mesh."""
-    return _forward(weights, x_MxD, expert_MxK, weight_MxK)
+def routed_experts(
+    values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None = None
+) -> Outputs:
+    """What the experts make of tokens, as `Outputs` says; on the ambient mesh. Differentiable in all but choice.
+
+    factors: of adapters on the experts, with choice.slot_Mx1; a vmap over them folds users into slots.
+    """
+    return _forward(weights, factors, choice, values)
 
 
-def _over_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(weights, *tokens) -> arrays with tokens first; vmapped users become further tokens of one call."""
+def _folded(function: Callable[..., Any], *, own_factors: bool) -> Callable[..., Any]:
+    """function(weights, factors, choice, *tokens), whose vmapped users become further tokens, and slots, of one call.
+
+    own_factors: each user has factors of their own even where a vmap gives all the same, since a result is theirs.
+    """
 
     @custom_vmap
-    def folded(weights, *tokens):
-        return function(weights, *tokens)
+    def folded(weights, factors, choice, *tokens):
+        return function(weights, factors, choice, *tokens)
 
     @folded.def_vmap
-    def rule(axis_size, in_batched, weights, *tokens):
-        weights_batched, *tokens_batched = in_batched
-        if any(jax.tree.leaves(weights_batched)):
-            outputs = _one_by_one(folded, axis_size, (weights_batched, *tokens_batched), (weights, *tokens))
-        else:
-            full = [
-                array if batched else jnp.broadcast_to(array, (axis_size, *array.shape))
-                for array, batched in zip(tokens, tokens_batched, strict=True)
-            ]
-            outputs = folded(weights, *(array.reshape(-1, array.shape[-1]) for array in full))
-            outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, leaf.shape[-1]), outputs)
+    def rule(axis_size, in_batched, *operands):
+        if any(jax.tree.leaves(in_batched[0])):
+            outputs = _one_by_one(folded, axis_size, tuple(in_batched), operands)
+            return outputs, jax.tree.map(lambda _: True, outputs)
+        weights, *rest = operands
+
+        def full(leaf: jax.Array, batched: bool) -> jax.Array:
+            return leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+
+        _, factors_batched, *rest_batched = in_batched
+        factors, *rest = rest
+        choice, *tokens = jax.tree.map(full, rest, rest_batched)
+        if factors is not None and (own_factors or any(jax.tree.leaves(factors_batched))):
+            factors = jax.tree.map(full, factors, factors_batched)
+            choice = _own_slots(choice, jax.tree.leaves(factors)[0].shape[1])
+            factors = _flat(factors)
+        elif factors is not None:
+            factors = dataclasses.replace(factors, in_order=False)
+        outputs = folded(weights, factors, *map(_flat, (choice, *tokens)))
+        outputs = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, *leaf.shape[1:]), outputs)
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return folded
 
 
+def _flat(tree: Any) -> Any:
+    """[N, M, ...] -> [N M, ...]"""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _own_slots(choice: Choice, slots: int) -> Choice:
+    """Slot s of user n becomes n slots + s; -1 stays."""
+    slot_NxMx1 = choice.slot_Mx1
+    assert slot_NxMx1 is not None
+    first_N = jnp.arange(slot_NxMx1.shape[0], dtype=jnp.int32) * slots
+    return choice._replace(slot_Mx1=jnp.where(slot_NxMx1 < 0, slot_NxMx1, slot_NxMx1 + first_N[:, None, None]))
+
+
 def _each_alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(weights, *tokens) whose outputs are sums over tokens: users go one after the other, each with theirs."""
+    """function(*operands) whose outputs are sums over tokens: users go one after the other, each with theirs."""
 
     @custom_vmap
-    def alone(weights, *tokens):
-        return function(weights, *tokens)
+    def alone(*operands):
+        return function(*operands)
 
     @alone.def_vmap
     def rule(axis_size, in_batched, *operands):
@@ -69,41 +102,42 @@ def _one_by_one(function: Callable[..., Any], axis_size: int, in_batched: Any, o
     return jax.lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
 
 
-@_over_tokens
-def _forward(weights: ExpertWeights, x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array) -> jax.Array:
-    return expert_parallel.forward(x_MxD, expert_MxK, weight_MxK, weights)
+@functools.partial(_folded, own_factors=False)
+def _forward(weights: ExpertWeights, factors: ExpertFactors | None, choice: Choice, values: Values) -> Outputs:
+    return expert_parallel.forward(values, choice, weights, factors)
 
 
-def _gradients(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD, *, trained: bool):
-    dx, dweight, dweights = expert_parallel.backward(x_MxD, expert_MxK, weight_MxK, weights, dy_MxD, trained=trained)
-    return (dx, dweight, dweights) if trained else (dx, dweight)
+def _gradients(weights, factors, choice, values, cotangent, *, trained: bool):
+    return expert_parallel.backward(values, choice, weights, factors, cotangent, trained=trained)
 
 
-_backward_frozen = _over_tokens(functools.partial(_gradients, trained=False))
+_backward_frozen = _folded(functools.partial(_gradients, trained=False), own_factors=True)
 _backward_trained = _each_alone(functools.partial(_gradients, trained=True))
 
 
-def _keep(x_MxD, expert_MxK, weight_MxK, weights):
-    values = jax.tree.map(lambda primal: primal.value, (x_MxD, expert_MxK, weight_MxK, weights), is_leaf=_is_primal)
-    x, expert, weight, kernels = values
+def _keep(values, choice, weights, factors):
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(weights, is_leaf=_is_primal))
+    operands = (values, choice, weights, factors)
+    values, choice, weights, factors = jax.tree.map(lambda primal: primal.value, operands, is_leaf=_is_primal)
     # What is static has to be in the structure of the residuals: an empty tuple or None.
-    return _forward(kernels, x, expert, weight), (values, () if trained else None)
+    outputs = _forward(weights, factors, choice, values)
+    return outputs, (values, choice, weights, factors, () if trained else None)
 
 
 def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _pull(residuals, dy_MxD):
-    (x_MxD, expert_MxK, weight_MxK, weights), trained = residuals
-    if isinstance(dy_MxD, SymbolicZero):
-        dy_MxD = jnp.zeros_like(x_MxD)  # y has x's shape and dtype
-    if trained is None:
-        dx_MxD, dweight_MxK = _backward_frozen(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
-        return dx_MxD, None, dweight_MxK, None
-    dx_MxD, dweight_MxK, dweights = _backward_trained(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
-    return dx_MxD, None, dweight_MxK, dweights
+def _dense(leaf: Any) -> jax.Array:
+    return jnp.zeros(leaf.aval.shape, leaf.aval.dtype) if isinstance(leaf, SymbolicZero) else leaf
+
+
+def _pull(residuals, cotangent):
+    values, choice, weights, factors, trained = residuals
+    cotangent = jax.tree.map(_dense, cotangent, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
+    backward = _backward_frozen if trained is None else _backward_trained
+    dvalues, dweights, dfactors = backward(weights, factors, choice, values, cotangent)
+    return dvalues, None, dweights, dfactors
 
 
 routed_experts.defvjp(_keep, _pull, symbolic_zeros=True)

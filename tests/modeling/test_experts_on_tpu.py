@@ -23,14 +23,15 @@ PROGRAM = textwrap.dedent(
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from popax.modeling.experts import ExpertWeights
+    from popax.modeling.experts import Choice, ExpertWeights, Values
     from popax.modeling.routed import routed_experts
 
     N, M, D, F, K, E = 8, 512, 2048, 768, 8, 128
     devices = np.array(topologies.get_topology_desc("v5e:2x2", platform="tpu").devices)
 
     def one(x, weight, weights, expert):
-        return jnp.sum(jnp.square(routed_experts(x, expert, weight, weights)).astype(jnp.float32))
+        y = routed_experts(Values(x, weight), Choice(expert), weights, None).y_MxD
+        return jnp.sum(jnp.square(y).astype(jnp.float32))
 
     step = jax.vmap(jax.grad(one, argnums=(0, 1)), in_axes=(0, 0, None, 0), spmd_axis_name="population")
     report = {}
