@@ -129,7 +129,10 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _dense(leaf: Any) -> jax.Array:
-    return jnp.zeros(leaf.aval.shape, leaf.aval.dtype) if isinstance(leaf, SymbolicZero) else leaf
+    if not isinstance(leaf, SymbolicZero):
+        return leaf
+    aval: Any = leaf.aval
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _pull(residuals, cotangent):
