@@ -10,14 +10,19 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from popax.adapters.apply import bind, bind_slots
-from popax.adapters.base import AdapterConfig, TargetRule
+from popax.adapters.base import ALL_LINEAR, AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
 from popax.adapters.table import METHODS
-from popax.errors import ConfigError
+from popax.errors import ConfigError, PeftError
 from popax.modeling import experts
 from popax.modeling.block_config import MoEConfig
+from popax.modeling.config import ModelConfig
+from popax.modeling.model import Model
 from popax.modeling.moe import Experts
 from popax.sharding import DEFAULT_RULES, ShardingRules
+from popax.store import Catalog, RowLayout
+from popax.store.checkpoint import CheckpointStore
+from popax.store.extract import extract_to_peft, extract_user
 from popax.types import NO_ADAPT, SiteInfo
 
 torch = pytest.importorskip("torch")
@@ -44,6 +49,13 @@ MESHES = (
     {"population": 2, "expert": 2, "tensor": 2},
     {"expert": 2, "fsdp": 2, "population": 2},
     {"population": 8},  # more than there are users: every device has all users' factors
+)
+MODEL = Model(
+    ModelConfig(
+        **{"vocab_size": 32, "embed_dim": 16, "ffw_dim": 24, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2},
+        **{"head_dim": 8, "max_seq_len": 32},
+        moe=MoEConfig(num_experts=4, experts_per_token=2, expert_ffw_dim=8, shared_ffw_dim=8, first_dense_layers=1),
+    )
 )
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -241,3 +253,46 @@ def test_dropout_is_on_what_enters_the_adapter(layer):
     run = lambda key: nnx.merge(*layer)(x[0], expert[0], weight[0], first(key))  # noqa: E731
     assert np.abs(run(jax.random.key(0)) - run(None)).max() > 1e-3
     np.testing.assert_array_equal(run(jax.random.key(0)), run(jax.random.key(0)))
+
+
+def test_a_merged_model_has_the_adapted_models_logits():
+    """Invariant 4, on a model whose mixtures begin after a dense layer, with a rank of its own in one layer."""
+    targets = (TargetRule(pattern=r"layers\.2\.moe\.experts\.up_proj", rank=1), ALL_LINEAR, r"layers\.moe\.experts\..*")
+    cohort = Cohort.of(AdapterConfig(rank=2, alpha=3.0, targets=targets), MODEL.sites())
+    params, tokens = MODEL.init(jax.random.key(0)), jnp.arange(14, dtype=jnp.int32).reshape(2, 7)
+    adapter = jax.jit(cohort.init)(jax.random.key(1))
+    forward = jax.jit(lambda params, adapt: MODEL(params, tokens, adapt=adapt))
+    base = forward(params, NO_ADAPT)
+    np.testing.assert_array_equal(forward(params, bind(cohort, adapter, {})), base)  # a fresh adapter is the base
+    up = adapter["layers.moe.experts.up_proj"]["a"]
+    assert np.asarray(up[1, 0]).any()
+    assert not np.asarray(up[1, 1]).any()  # layer 2 of the model has rank 1
+    adapter = jax.tree.map(lambda leaf: leaf + 0.3 * jnp.where(leaf == 0, 1.0, 0.0), adapter)
+    adapter["layers.moe.experts.up_proj"] = jax.tree.map(
+        lambda leaf: leaf.at[1, ..., 1, :].set(0.0), adapter["layers.moe.experts.up_proj"]
+    )
+    adapted, merged = forward(params, bind(cohort, adapter, {})), params
+    for site in cohort.specs:
+        merged = MODEL.with_site_weight(merged, site, cohort.merge(site, MODEL.site_weight(params, site), adapter, {}))
+    np.testing.assert_allclose(adapted, forward(merged, NO_ADAPT), rtol=1e-4, atol=1e-4)
+    assert np.abs(adapted - base).max() > 0.01
+
+
+def test_experts_are_kept_and_taken_out_bit_for_bit(tmp_path):
+    """Committed to a catalog, checkpointed with a population, and extracted from both."""
+    cohort = Cohort.of(AdapterConfig(rank=2, targets=(r".*experts.*",)), MODEL.sites())
+    users = [jax.tree.map(np.asarray, jax.jit(cohort.init)(jax.random.key(seed))) for seed in range(2)]
+    catalog = Catalog.open(tmp_path / "catalog", create=True)
+    stored = catalog.cohort(cohort.config, cohort.specs, "base", RowLayout.of(users[0]))
+    for name, adapter in zip(("ada", "bob"), users, strict=True):
+        catalog.commit(stored, name, adapter)
+    store = CheckpointStore(tmp_path / "run", cohort=stored)
+    together = jax.tree.map(lambda *leaves: np.stack(leaves), *users)
+    store.save(1, adapters=together, train_state={}, record={}, users=["ada", "bob"])
+    store.close()
+    for source in ("catalog", "run"):
+        found = extract_user(tmp_path / source, "bob")
+        assert Cohort(found.config, tuple(found.specs.values())) == cohort
+        jax.tree.map(np.testing.assert_array_equal, found.adapter, users[1])
+    with pytest.raises(PeftError, match="target_parameters"):
+        extract_to_peft(tmp_path / "catalog", "bob", tmp_path / "peft")
