@@ -126,8 +126,8 @@ def _no_place(info: SiteInfo) -> str:
     if not info.experts:
         return f"site {info.name!r} has no module name in transformers; leave it out of the targets"
     return (
-        f"site {info.name!r}: peft adapts routed experts as stacked parameters (target_parameters), gate and up as one, "
-        "with both factors of each expert its own; popax does not write a factor that experts share out for each of "
+        f"site {info.name!r}: peft adapts routed experts as stacked parameters (target_parameters), gate and up in "
+        "one, with both factors of each expert its own; popax does not write a shared factor out for each of "
         "them. Leave routed experts out of the targets of users who are to be extracted to peft"
     )
 
