@@ -7,10 +7,11 @@ room for all tokens choosing its experts either way (nothing is dropped), the ho
 to test it with, and the gather is the same for one as for many tokens. No axis but those of the experts is crossed, so
 users who are spread over the mesh never meet.
 
-Adapters' factors at the experts lie as the experts do. Those of users in training lie along the users' axis as well,
-where the users' tokens are; in a batch of mixed rows, a row may have any slot, and every device has all slots.
+Adapters' factors at the experts lie as the experts do. Those of users in training lie along the tokens' other axes as
+well, where the users' tokens are; in a batch of mixed rows, a row may have any slot, and every device has all slots.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +44,7 @@ class Spread(NamedTuple):
     embed: tuple[str, ...]
     ffw: tuple[str, ...]
     devices: int
-    replicas: int  # of the axis of users
+    outer_sizes: tuple[int, ...]
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -55,15 +56,17 @@ class Spread(NamedTuple):
         return PartitionSpec((*self.outer, *self.gathered))
 
     def slots(self, tokens: int, factors: ExpertFactors | None) -> tuple[str, ...]:
-        """The axis of users, where slots are cut along it as their tokens are: a device has its tokens' slots.
+        """The axes along which slots are cut as their tokens are: a device then has its tokens' slots and no others.
 
-        No axis where tokens are in any order of slots, or where a cut of the tokens may lie inside a slot's: then every
+        None where tokens are in any order of slots, or where a cut of the tokens may lie inside a slot's: then every
         device has the factors of all slots, for the experts it has.
         """
-        if factors is None or not factors.in_order or USERS not in self.outer:
+        if factors is None or not factors.in_order or tokens % self.devices:
             return ()
-        slots = jax.tree.leaves(factors)[0].shape[0]
-        return () if slots % self.replicas or tokens % self.devices else (USERS,)
+        slots, cut = jax.tree.leaves(factors)[0].shape[0], len(self.outer)
+        while slots % math.prod(self.outer_sizes[:cut]):
+            cut -= 1
+        return self.outer[:cut]
 
     def factors(self, slots: tuple[str, ...]) -> PartitionSpec:
         """Experts lie where their weights do; the rank is whole everywhere."""
@@ -87,10 +90,8 @@ def spread() -> Spread | None:
     expert, embed, ffw = (tuple(name for name in axes if name in wide) for axes in by_axis)
     # Users first: they are cut before the tokens of one are.
     outer = tuple(sorted((name for name in wide if name not in (*expert, *ffw)), key=lambda name: name != USERS))
-    devices = 1
-    for name in wide:
-        devices *= mesh.shape[name]
-    return Spread(frozenset(free), outer, expert, embed, ffw, devices, mesh.shape.get(USERS, 1))
+    devices = math.prod(mesh.shape[name] for name in wide)
+    return Spread(frozenset(free), outer, expert, embed, ffw, devices, tuple(mesh.shape[name] for name in outer))
 
 
 def forward(values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None) -> Outputs:

@@ -48,7 +48,7 @@ TARGETS = {
 MESHES = (
     {"population": 2, "expert": 2, "tensor": 2},
     {"expert": 2, "fsdp": 2, "population": 2},
-    {"population": 8},  # more than there are users: every device has all users' factors
+    {"fsdp": 8},  # more than there are users: every device has all users' factors
 )
 MODEL = Model(
     ModelConfig(
