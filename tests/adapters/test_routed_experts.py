@@ -208,6 +208,20 @@ def test_a_row_that_is_not_finite_leaves_the_gradients_of_other_slots(layer):
         assert not np.asarray(leaf[:, 2:]).any()  # slots without a row
 
 
+def test_one_adapter_for_the_batches_of_many_users_is_not_copied_for_them(layer):
+    """As where one user's adapter is tried on others' text: values, and each user's own gradient."""
+    cohort, tokens = cohort_of("all"), tokens_of()
+    one = jax.tree.map(lambda leaf: leaf[0], users_of(cohort))
+    same = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (N, *leaf.shape)), one)
+    run = lambda adapter, *own: output(layer, cohort, adapter, *own)  # noqa: E731
+    both = [jax.jit(jax.vmap(run, in_axes=(axis, 0, 0, 0))) for axis in (None, 0)]
+    close(both[0](one, *tokens), both[1](same, *tokens))
+    assert f"tensor<{N}x{E}x2x{F}xf32>" not in both[0].lower(one, *tokens).as_text()
+    gradient = jax.grad(lambda *operands: jnp.sum(jnp.sin(run(*operands))))
+    found, wanted = (jax.vmap(gradient, in_axes=(axis, 0, 0, 0)) for axis in (None, 0))
+    close(jax.jit(found)(one, *tokens), jax.jit(wanted)(same, *tokens))
+
+
 def test_what_a_user_has_at_experts():
     cohort = cohort_of("all")
     shapes = jax.tree.map(lambda leaf: leaf.shape, cohort.abstract())

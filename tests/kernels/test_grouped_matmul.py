@@ -39,7 +39,9 @@ def test_every_row_meets_its_groups_matrix_transposed(operands, form):
     np.testing.assert_allclose(out[: len(group)], want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", [reference.blocked_outer, reference.ragged_outer, api.grouped_outer])
+@pytest.mark.parametrize(
+    "form", [reference.blocked_outer, reference.tiled_outer, reference.ragged_outer, api.grouped_outer]
+)
 def test_outer_products_are_summed_within_their_group(operands, form):
     sizes, group, left, right, _ = operands
     # What lies beyond the last group is not meant, and may be anything.
