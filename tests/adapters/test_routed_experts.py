@@ -1,5 +1,6 @@
 """Adapters on routed experts against a loop in torch: each token, each of its experts, that expert's merged weight."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,7 @@ from popax.modeling import experts
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
-from popax.modeling.moe import Experts
+from popax.modeling.moe import MoE
 from popax.sharding import DEFAULT_RULES, ShardingRules
 from popax.store import Catalog, RowLayout
 from popax.store.checkpoint import CheckpointStore
@@ -62,9 +63,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def layer():
-    config = MoEConfig(num_experts=E, experts_per_token=K, expert_ffw_dim=F)
-    options = {"param_dtype": "float32", "rngs": nnx.Rngs(params=0), "out_std": 0.3}
-    return nnx.split(Experts(NAME, D, config, **options))
+    moe = MoEConfig(num_experts=E, experts_per_token=K, expert_ffw_dim=F)
+    config = dataclasses.replace(MODEL.config, embed_dim=D, moe=moe)
+    return nnx.split(MoE(NAME.removesuffix(".experts"), config, moe, rngs=nnx.Rngs(params=0), shrink=1.0).experts)
 
 
 def cohort_of(targets: str, **settings) -> Cohort:
