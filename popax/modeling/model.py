@@ -13,6 +13,7 @@ from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
+from popax.modeling.remat import Remat
 from popax.modeling.rope import cos_sin
 from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
@@ -28,7 +29,7 @@ class ForwardOptions(TypedDict, total=False):
     segments_BxT: jax.Array | None
     cache: Cache | None
     adapt: Adapt
-    remat: bool
+    remat: Remat
     embedded_BxTxD: jax.Array | None
     routes_BxTxLxK: jax.Array | None
 
@@ -176,7 +177,7 @@ class Model:
         segments_BxT: jax.Array | None = None,
         cache: Cache | None = None,
         adapt: Adapt = NO_ADAPT,
-        remat: bool = False,
+        remat: Remat = "none",
         embedded_BxTxD: jax.Array | None = None,
         routes_BxTxLxK: jax.Array | None = None,
         record_routes: bool = False,
@@ -185,8 +186,8 @@ class Model:
 
         positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
         segment only, and 0 is padding. With a cache a token is written at its position and sees positions 0..its own;
-        a token at -1, or past the cache's end, is not written. remat: recompute each layer in the backward pass
-        instead of keeping its activations. embedded_BxTxD: used in place of the tokens' embeddings, for gradients with
+        a token at -1, or past the cache's end, is not written. remat: what the backward pass computes
+        again instead of keeping it (popax.modeling.remat). embedded_BxTxD: used in place of the tokens' embeddings, for gradients with
         respect to them. routes_BxTxLxK: the experts of each token in each mixture, in place of the routers' choice,
         except where NOT_RECORDED; their weights stay the routers' own, with their gradients. record_routes: return the
         experts that the tokens went to, int16 [B, T, L, K], else None; a model without mixtures has none either.

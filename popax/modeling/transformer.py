@@ -14,6 +14,7 @@ from popax.modeling.latent_attention import LatentAttention
 from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.modeling.moe import MoE
+from popax.modeling.remat import Remat, rematerialised
 from popax.modeling.stacks import Stack
 from popax.types import ROUTE_DTYPE, SiteFn
 
@@ -116,7 +117,7 @@ def scan_blocks(
     routes_LxBxTxK: jax.Array | None = None,
     record: bool = False,
     first_layer: int = 0,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """The blocks of one stack, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices.
 
@@ -136,8 +137,7 @@ def scan_blocks(
         taken = taken.astype(ROUTE_DTYPE) if record and taken is not None else None
         return (x_BxTxD, None if view is None else view.cache), taken
 
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = rematerialised(body, remat)
     numbers = jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32)
     (x_BxTxD, cache), taken = jax.lax.scan(body, (x_BxTxD, cache), (layers, site_fns, numbers, routes_LxBxTxK))
     return x_BxTxD, cache, taken

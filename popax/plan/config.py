@@ -6,6 +6,7 @@ from typing import Literal
 
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
+from popax.modeling.remat import Remat, check_remat
 from popax.plan.topology import Topology, parse_topology
 from popax.population.optimizer import Optimizer, adamw
 from popax.sharding import DEFAULT_RULES, MeshAxes, ShardingRules
@@ -68,7 +69,7 @@ class PlanConfig:
     users_over: tuple[str, ...] = ("population", "fsdp", "expert")
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
     optimizer: Optimizer = dataclasses.field(default_factory=adamw)
-    remat: bool = True
+    remat: Remat = "full"
     decode_rows: int = 32
     prefill_rows: int = 8
     prefill_tokens: int = 512
@@ -84,6 +85,7 @@ class PlanConfig:
         if self.mesh == MeshShape():
             own = self.slice.devices // self.slices
             object.__setattr__(self, "mesh", MeshShape(population=self.slices, fsdp=own))
+        check_remat(self.remat, "PlanConfig")
         self._check_numbers()
         self._check_meshes()
         unknown = sorted({name for name, _ in self.rules} - set(dict(DEFAULT_RULES)))

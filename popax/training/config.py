@@ -4,6 +4,7 @@ import dataclasses
 
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
+from popax.modeling.remat import Remat, check_remat
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
 
@@ -31,12 +32,13 @@ class TrainConfig:
     min_examples: int = 2
     validation_rows: int = 4
     seed: int = 0
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
         for name in ("slots", "steps", "checkpoint_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        check_remat(self.remat, "TrainConfig")
         if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: "

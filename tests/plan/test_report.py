@@ -109,7 +109,7 @@ def test_where_the_line_is_wrong_fewer_are_tried():
 
 def test_advice_names_numbers():
     large = result(fits=False, needed_bytes=20 * GIB, refusal="too much")
-    said = "\n".join(fit.advice(dataclasses.replace(CONFIG, remat=False), MODEL, large))
+    said = "\n".join(fit.advice(dataclasses.replace(CONFIG, remat="none"), MODEL, large))
     assert "4.56 GB too much" in said  # (20 - 15.75) GiB
     assert "twice the fsdp (8, on twice the chips or at half the population): -2.15 GB" in said
     assert "int8 base" in said
