@@ -100,6 +100,7 @@ def row(config: PlanConfig, compiled: Compiled) -> dict[str, Any]:
         "matmul_flops": compiled.matmul_flops * devices,
         "recomputed_flops": compiled.recomputed_flops * devices,
         "hbm_traffic_bytes": compiled.hbm_bytes * devices,
+        "accessed_bytes": compiled.accessed_bytes * devices,
         "collective_bytes": {axes: size * devices for axes, size in by_axes(compiled.collectives).items()},
         "estimate_seconds": estimate.seconds,
         "estimate_bound": estimate.bound,

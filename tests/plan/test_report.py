@@ -29,6 +29,7 @@ def result(**fields):
         "matmul_flops": 197 * 10**9,
         "recomputed_flops": 0,
         "hbm_bytes": 0,
+        "accessed_bytes": 0,
         "collectives": [],
         "compile_s": 1.0,
         "cpu_s": 1.0,
