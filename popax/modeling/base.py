@@ -52,15 +52,17 @@ def load_base(
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
-    mesh: where given, each device reads its own shard only. Raises CheckpointError for a directory that is neither, or
-    whose weights are damaged or do not fit; ConfigError for a config that popax does not support.
+    mesh: where given, each device reads its own shard only. rules: the model's, by default popax.sharding's. Raises
+    CheckpointError for a directory that is neither, or whose weights are damaged or do not fit; ConfigError for a
+    config that popax does not support.
     """
     directory = Path(path)
     if (directory / RECORD).is_file():
         return _load_saved(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
     if (directory / hf.CONFIG).is_file():
-        model = Model(hf.read_config(directory, dtype=dtype, param_dtype=param_dtype))
-        params, digest = hf.load_weights(directory, model, mesh=mesh, rules=rules)
+        config = hf.read_config(directory, dtype=dtype, param_dtype=param_dtype)
+        model = Model(config, rules or ShardingRules())
+        params, digest = hf.load_weights(directory, model, mesh=mesh)
         return Base(model=model, params=params, digest=digest, source=str(path))
     state = "holds neither" if directory.is_dir() else "is not a directory with"
     raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
@@ -99,11 +101,11 @@ def _load_saved(
     stored = ModelConfig.from_dict(record["config"])
     # As with a Hugging Face directory, the compute type follows a param_dtype that is asked for.
     chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
-    model = Model(dataclasses.replace(stored, **chosen))
+    model = Model(dataclasses.replace(stored, **chosen), rules or ShardingRules())
     target = model.abstract()
     # Always said: left out, Orbax would look for the devices that the weights were saved from.
     alone = SingleDeviceSharding(jnp.zeros(()).device)
-    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh, rules)
+    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh)
     target = jax.tree.map(_with_sharding, target, shardings)
     try:
         with ocp.StandardCheckpointer() as checkpointer:

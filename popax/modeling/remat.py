@@ -11,7 +11,7 @@ from popax.errors import ConfigError
 Remat = Literal["none", "projections", "attention", "full"]
 Body = TypeVar("Body", bound=Callable[..., Any])
 
-# Of each layer, beside its input: the kinds of linear maps whose outputs, adapters included, are kept. None: everything.
+# Of each layer, beside its input: the kinds of linear maps whose outputs, adapters included, are kept; None keeps all.
 # From what is kept no base weight is needed to make the rest again, which is norms, scores, activations and the
 # adapters' inner products; what is not kept costs its maps a second time.
 KEPT: dict[Remat, tuple[str, ...] | None] = {

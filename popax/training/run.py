@@ -68,7 +68,7 @@ def train_population(
     if not names:
         raise DataError(f"no users to train: nobody has min_examples={config.min_examples} examples")
     cohort = Cohort.of(config.adapter, base.model.sites())
-    placement, group = Placement(config.slots, mesh, rules), ProcessGroup.current()
+    placement, group = Placement(config.slots, mesh, rules or base.model.rules), ProcessGroup.current()
     record = group.leader_first(
         lambda: RunRecord.open(
             directory,
