@@ -29,6 +29,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.modeling.config:LinearRope",
     "popax.modeling.config:Llama3Rope",
     "popax.modeling.config:YarnRope",
+    "popax.modeling.block_config:MoEConfig",
+    "popax.modeling.block_config:MLAConfig",
     "popax.adapters.base:AdapterConfig",
     "popax.adapters.base:TargetRule",
     "popax.data.pipeline:PipelineConfig",
