@@ -172,10 +172,10 @@ class Attention(nnx.Module):
             out = packed_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS, rules)
         else:
             cache = cache.write(k_BxTxKxd, v_BxTxKxd)
-            read = cache.read(q_BxTxHxd.dtype)
             length = q_BxTxHxd.shape[1]
-            keys_values = (whole_rows(each, length, rules) for each in read)
-            out = dot_product_attention(q_BxTxHxd, *keys_values, mask_BxTxS, cut=bool(cut_axes(length, rules)))
+            k_BxSxKxd, v_BxSxKxd = (whole_rows(each, length, rules) for each in cache.read(q_BxTxHxd.dtype))
+            cut = bool(cut_axes(length, rules))
+            out = dot_product_attention(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd, mask_BxTxS, cut=cut)
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
 
 

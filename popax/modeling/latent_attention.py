@@ -77,11 +77,13 @@ class LatentAttention(nnx.Module):
         """(output [B, T, D], the cache with this layer's latents written)."""
         q_BxTxHxd, latent_BxTxc = self._queries_and_latents(x_BxTxD, rope, site_fn)
         if cache is None:
-            keys_values = self._expanded(latent_BxTxc, site_fn)
-            out = packed_attention(q_BxTxHxd, *keys_values, mask_BxTxS, rules, scale=softmax_scale(self.config))
+            k_BxTxHxd, v_BxTxHxv = self._expanded(latent_BxTxc, site_fn)
+            scale = softmax_scale(self.config)
+            out = packed_attention(q_BxTxHxd, k_BxTxHxd, v_BxTxHxv, mask_BxTxS, rules, scale=scale)
         else:
             cache = cache.write(latent_BxTxc)
-            latent_BxSxc = whole_rows(*cache.read(x_BxTxD.dtype), x_BxTxD.shape[1], rules)
+            (latent_BxSxc,) = cache.read(x_BxTxD.dtype)
+            latent_BxSxc = whole_rows(latent_BxSxc, x_BxTxD.shape[1], rules)
             out = self._attend_cache(q_BxTxHxd, latent_BxSxc, mask_BxTxS, site_fn)
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
 

@@ -1,7 +1,7 @@
 """What the backward pass computes again instead of reading it from memory (rematerialisation), chosen by name."""
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -9,7 +9,6 @@ from jax.ad_checkpoint import checkpoint_name
 from popax.errors import ConfigError
 
 Remat = Literal["none", "projections", "attention", "full"]
-Body = TypeVar("Body", bound=Callable[..., Any])
 
 # Of each layer, beside its input: the kinds of linear maps whose outputs, adapters included, are kept; None keeps all.
 # From what is kept no base weight is needed to make the rest again, which is norms, scores, activations and the
@@ -37,7 +36,7 @@ def named_projection(y: jax.Array, site: str) -> jax.Array:
     return checkpoint_name(y, inside.partition(".")[0]) if inside else y
 
 
-def rematerialised(layer: Body, remat: Remat) -> Body:
+def rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """The layer, of which the backward pass keeps what the policy says. Raises ConfigError on another name."""
     check_remat(remat, "forward")
     kept = KEPT[remat]

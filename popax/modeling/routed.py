@@ -91,8 +91,8 @@ def _forward(rules: ShardingRules) -> Callable[..., Any]:
 
 @functools.cache
 def _backward(rules: ShardingRules, *, trained: bool) -> Callable[..., Any]:
-    def gradients(weights, *operands):
-        dx, dweight, dweights = expert_parallel.backward(*operands[:3], weights, operands[3], rules, trained=trained)
+    def gradients(weights, x, expert, weight, dy):
+        dx, dweight, dweights = expert_parallel.backward(x, expert, weight, weights, dy, rules, trained=trained)
         return (dx, dweight, dweights) if trained else (dx, dweight)
 
     return _each_alone(gradients) if trained else _over_tokens(gradients)
