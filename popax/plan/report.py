@@ -73,7 +73,7 @@ def figures(config: PlanConfig, model: ModelConfig, steps: Sequence[Compiled]) -
         "parameters_per_user": Cohort.of(config.adapter, base.sites()).num_params,
         "chips": config.slice.chips,
         "devices": config.slice.devices,
-        "population": config.users if "train" in config.steps else config.slots,
+        "population": config.users * config.turns if "train" in config.steps else config.slots,
         "fits": all(step.fits for step in steps),
         "hbm_per_chip_bytes": max(needed_per_chip(config, step) for step in steps),
         "hbm_limit_bytes": config.slice.chip.usable_bytes,
