@@ -54,9 +54,9 @@ class PlanConfig:
     slices: so many slices, joined by the data-centre network (DCN), follow each other along the population axis.
     users_over: the mesh axes that spread the users. With fsdp among them a device gathers each layer's weights and
     computes its own users; without, devices that share users compute parts of each product. rows_over: the same for
-    the rows of a served batch. turns: so many times as many users train by turns (TrainConfig.turns); those who wait are
-    in host memory. slots: adapters that are resident while serving. serving_mesh: where prefill and decode
-    use the devices in another shape. rules: (logical axis, mesh axes) pairs that replace popax.sharding's.
+    the rows of a served batch. turns: so many times as many users train by turns (TrainConfig.turns); those who wait
+    are in host memory. slots: adapters that are resident while serving. serving_mesh: where prefill and decode use the
+    devices in another shape. rules: (logical axis, mesh axes) pairs that replace popax.sharding's.
     """
 
     topology: str = "v5e:2x2"
@@ -98,7 +98,17 @@ class PlanConfig:
         unknown = sorted(set(self.steps) - set(STEPS))
         if unknown or not self.steps:
             raise ConfigError(f"PlanConfig.steps={self.steps}: one or more of {', '.join(STEPS)}")
-        names = ("users", "turns", "rows", "tokens", "decode_rows", "prefill_rows", "prefill_tokens", "cache_length", "slots")
+        names = (
+            "users",
+            "turns",
+            "rows",
+            "tokens",
+            "decode_rows",
+            "prefill_rows",
+            "prefill_tokens",
+            "cache_length",
+            "slots",
+        )
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

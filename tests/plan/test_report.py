@@ -47,6 +47,16 @@ def test_a_chip_of_two_devices_holds_both():
     assert report.roofline(config, result()).compute_s == pytest.approx(197e9 / (275e12 / 2))
 
 
+def test_users_who_take_turns_are_on_the_host():
+    """Two turns of 16: the population is 32, and the host has both turns' adapters and optimizers."""
+    turns, compiled = dataclasses.replace(CONFIG, turns=2, steps=("train",)), result()
+    assert report.row(turns, compiled)["host_bytes"] == 2 * 3 * GIB
+    assert "host_bytes" not in report.row(CONFIG, compiled)
+    assert report.row(turns, compiled)["hbm_optimizer_bytes"] == report.row(CONFIG, compiled)["hbm_optimizer_bytes"]
+    assert "6.442 GB of 32 users in 2 turns" in "\n".join(report.lines(turns, compiled))
+    assert report.figures(turns, MODEL, [compiled])["population"] == 32
+
+
 def test_the_roofline_is_the_longest_of_three():
     gather = Collective("all-gather", ("fsdp",), 0, 1, 400 * 10**9, "")
     alone = Collective("all-reduce", (), 0, 1, 10**15, "")
