@@ -48,19 +48,22 @@ def load_base(
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    verify: bool = False,
 ) -> Base:
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
-    mesh: where given, each device reads its own shard only. Raises CheckpointError for a directory that is neither, or
-    whose weights are damaged or do not fit; ConfigError for a config that popax does not support.
+    mesh: where given, each device reads its own shard only, and all processes of the mesh load together. verify: hash
+    the files of a Hugging Face directory even where their hashes are noted beside them. Raises CheckpointError for a
+    directory that is neither, or whose weights are damaged or do not fit; ConfigError for a config that popax does not
+    support.
     """
     directory = Path(path)
     if (directory / RECORD).is_file():
         return _load_saved(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
     if (directory / hf.CONFIG).is_file():
         model = Model(hf.read_config(directory, dtype=dtype, param_dtype=param_dtype))
-        params, digest = hf.load_weights(directory, model, mesh=mesh, rules=rules)
+        params, digest = hf.open_weights(directory, model).load(mesh=mesh, rules=rules, verify=verify)
         return Base(model=model, params=params, digest=digest, source=str(path))
     state = "holds neither" if directory.is_dir() else "is not a directory with"
     raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
