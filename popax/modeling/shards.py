@@ -6,7 +6,7 @@ no parameter stands there a second time.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +24,8 @@ TILE_COLUMNS = 512
 TILE_PADDING = 8
 # What jax's CPU devices ask of a buffer that they take as it is, without a copy.
 ALIGNMENT = 64
+
+Device = Any  # jax.Device is a variable, and no type to a checker of types
 
 
 class Slices(Protocol):
@@ -56,31 +58,27 @@ class Source(NamedTuple):
     transposed: bool
 
 
-def place(source: Source, like: jax.ShapeDtypeStruct, sharding: NamedSharding | None, pool: Executor) -> jax.Array:
-    """The parameter on the devices of this process, each shard read once however many devices have it.
+def read_shards(
+    source: Source,
+    like: jax.ShapeDtypeStruct,
+    sharding: NamedSharding | None,
+    devices: Iterable[Device],
+    pool: Executor,
+) -> dict[Device, jax.Array]:
+    """{device: its shard} of a parameter, in the order of devices; one that several of them have is read once.
 
-    One shard's buffer exists at a time: a device has it, or a copy of it, before the next one is begun.
+    One shard's buffer exists at a time: a device has it, or a copy of it, before the next one is begun. Without a
+    sharding a device has all of the parameter.
     """
-    if sharding is None:
-        index = (slice(None),) * len(like.shape)
-        return jax.block_until_ready(jax.device_put(read_shard(source, like.shape, like.dtype, index, pool)))
+    whole, devices = (slice(None),) * len(like.shape), list(devices)
+    indices = sharding.devices_indices_map(like.shape) if sharding is not None else dict.fromkeys(devices, whole)
     arrays = {}
-    for index, devices in _owners(sharding, like.shape).items():
-        buffer = read_shard(source, like.shape, like.dtype, tuple(slice(*bounds) for bounds in index), pool)
-        for device in devices:
-            arrays[device] = jax.block_until_ready(jax.device_put(buffer, device))
-    order = sharding.addressable_devices_indices_map(like.shape)
-    return jax.make_array_from_single_device_arrays(like.shape, sharding, [arrays[device] for device in order])
-
-
-def _owners(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[Any]]:
-    """The bounds of every shard of this process -> the devices that have it."""
-    owners = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        parts = index or (slice(None),) * len(shape)
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(parts, shape, strict=True))
-        owners.setdefault(bounds, []).append(device)
-    return owners
+    for device in devices:
+        if device not in arrays:
+            buffer = read_shard(source, like.shape, like.dtype, indices[device] or whole, pool)
+            owners = [other for other in devices if indices[other] == indices[device]]
+            arrays |= {other: jax.block_until_ready(jax.device_put(buffer, other)) for other in owners}
+    return {device: arrays[device] for device in devices}
 
 
 def read_shard(

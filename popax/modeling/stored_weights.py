@@ -1,10 +1,11 @@
 """A base's weights in the files they lie in: loaded onto a mesh, or read one at a time, and named by their digest."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from popax.errors import CheckpointError
 from popax.modeling.digest import TensorRecord, digest_records
 from popax.modeling.hashing import Hashing
 from popax.modeling.model import Model
-from popax.modeling.shards import Source, place, read_shard
+from popax.modeling.shards import Device, Source, read_shard, read_shards
 from popax.modeling.tensor_files import StoredTensor
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
@@ -38,14 +39,38 @@ class StoredWeights:
         made on the way where they are not noted, and shared out over the processes of the mesh, which call this
         together; verify: made in any case. Raises CheckpointError where processes have read different weights.
         """
-        abstract = flatten_named(self.model.abstract())
-        shardings = flatten_named(self.model.shardings(mesh, rules)) if mesh is not None else {}
+        shapes = flatten_named(self.model.abstract())
+        if mesh is None:
+            arrays, digest = self.load_shards(None, [None], rules=rules, verify=verify)
+            return unflatten_named({name: shards[None] for name, shards in arrays.items()}), digest
+        shardings = flatten_named(self.model.shardings(mesh, rules))
+        arrays, digest = self.load_shards(mesh, mesh.local_devices, rules=rules, verify=verify)
+        params = {
+            name: jax.make_array_from_single_device_arrays(shapes[name].shape, shardings[name], list(shards.values()))
+            for name, shards in arrays.items()
+        }
+        return unflatten_named(params), digest
+
+    def load_shards(
+        self,
+        mesh: Mesh | None,
+        devices: Sequence[Device | None],
+        *,
+        rules: ShardingRules | None = None,
+        verify: bool = False,
+    ) -> tuple[dict[str, dict[Device | None, jax.Array]], str]:
+        """({parameter: {device: its shard}}, digest) of these devices of the mesh; None: the default device, and all.
+
+        What `load` makes the parameters of, for as few of the devices as are wanted.
+        """
+        shapes = flatten_named(self.model.abstract())
+        shardings = flatten_named(self.model.shardings(mesh, rules)) if mesh is not None else dict.fromkeys(shapes)
         with self._hashing(ProcessGroup.of(mesh), verify) as hashing:
-            params = {}
+            arrays = {}
             for name, source in self.sources.items():
                 hashing.begin(self._stored(name))
-                params[name] = place(source, abstract[name], shardings.get(name), hashing.pool)
-            return unflatten_named(params), self._digest(hashing)
+                arrays[name] = read_shards(source, shapes[name], shardings[name], devices, hashing.pool)
+            return arrays, self._digest(hashing)
 
     def digest(self, *, verify: bool = False) -> str:
         """The same digest, without loading the weights."""
