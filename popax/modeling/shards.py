@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 
 from popax.modeling.tensor_files import StoredTensor
 
-# A strip is what one thread reads at a time: so many rows of what is stored, more where rows are short.
+# A strip is what one thread reads at a time: rows of what is stored, so many that a tile is worth its while, and more
+# where they are short. The pages of whole rows count as the process's memory, whatever columns of them are wanted.
 STRIP_ROWS, STRIP_ELEMENTS = 256, 1 << 20
 # A transposition goes through tiles that stay in the second cache: 4 times as fast as `target[...] = stored.T`.
 TILE_COLUMNS = 512
@@ -106,7 +107,7 @@ def read_shard(
     jobs = [
         pool.submit(fill, source.tensors[int(numbers[position])], target, strip)
         for target, position in zip(targets, itertools.product(*bounds[: source.stacked]), strict=True)
-        for strip in _strips(target.shape[::-1] if source.transposed else target.shape)
+        for strip in _strips(first.stop - first.start, source.tensors[0].shape[1:])
     ]
     try:
         for job in jobs:
@@ -117,9 +118,10 @@ def read_shard(
     return buffer
 
 
-def _strips(shape: tuple[int, ...]) -> Iterator[slice]:
-    rows = max(STRIP_ROWS, STRIP_ELEMENTS // max(1, math.prod(shape[1:])))
-    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+def _strips(count: int, row: tuple[int, ...]) -> Iterator[slice]:
+    """Of so many rows, each of this shape in the files."""
+    rows = max(STRIP_ROWS, STRIP_ELEMENTS // math.prod(row))
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 def _copy_transposed(target: np.ndarray, stored: np.ndarray) -> None:
