@@ -112,9 +112,8 @@ def measure_apart(job: LoadJob) -> LoadResult:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise ConfigError(answer["error"])
-    return LoadResult(
-        **{key: [Cost(*one) for one in value] if key in COSTS else value for key, value in answer.items()}
-    )
+    answer |= {name: [Cost(*one) for one in answer[name]] for name in COSTS}
+    return LoadResult(**answer)
 
 
 def _job(config: BenchLoadConfig, directory: Path, mesh: str) -> LoadJob:

@@ -134,7 +134,7 @@ def _read_all(files: Sequence[Path], threads: int) -> None:
 def _read_into(job: tuple[Path, int, np.ndarray]) -> None:
     file, offset, target = job
     with file.open("rb", buffering=0) as stream:
-        os.preadv(stream.fileno(), [target], offset)
+        os.preadv(stream.fileno(), [target.data], offset)
 
 
 def _leave_page_cache(files: Sequence[Path]) -> None:
