@@ -29,8 +29,6 @@ DTYPES = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 HASH_CHUNK_BYTES = 1 << 22
-# Pages are read by the call that maps them, in one request, and not one by one as they are touched (Linux).
-MAPPED = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class StoredTensor:
         return (self,)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A view of this slice of the file, whose rows are mapped for as long as the view is there."""
+        """A view of this slice of the file, of which the rows are mapped for as long as the view is there."""
         rows, *others = index
         start, stop, _ = rows.indices(self.shape[0])
         dtype, row = np.dtype(DTYPES[self.dtype]), self.shape[1:]
@@ -60,9 +58,10 @@ class StoredTensor:
         try:
             with self.file.open("rb", buffering=0) as stream:
                 length = page + (stop - start) * row_bytes
-                mapped = mmap.mmap(stream.fileno(), length, flags=MAPPED, prot=mmap.PROT_READ, offset=offset - page)
+                mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=offset - page)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file} changed while {self.name} was read ({error}); load it again") from error
+        mapped.madvise(mmap.MADV_WILLNEED)  # one large request, not one for each few pages that are touched
         return np.frombuffer(mapped, dtype, offset=page).reshape(-1, *row)[(slice(None), *others)]
 
     def sha256(self) -> str:
