@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -34,6 +36,17 @@ class Base:
     params: Params
     digest: str
     source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """What is known of a base that is not loaded. site_weight(site): its weight there, as `Model.site_weight` has it,
+    read when it is asked for."""
+
+    model: Model
+    digest: str
+    source: str
+    site_weight: Callable[[str], jax.Array | np.ndarray]
 
 
 def new_base(model: Model, params: Params, *, source: str) -> Base:
@@ -65,8 +78,37 @@ def load_base(
         model = Model(hf.read_config(directory, dtype=dtype, param_dtype=param_dtype))
         params, digest = hf.open_weights(directory, model).load(mesh=mesh, rules=rules, verify=verify)
         return Base(model=model, params=params, digest=digest, source=str(path))
+    raise _no_base(directory)
+
+
+def open_base(path: str | os.PathLike[str]) -> BaseInfo:
+    """The base in a directory, whose weights are not loaded: of a Hugging Face directory they are hashed at most.
+
+    Raises what `load_base` raises.
+    """
+    directory = Path(path)
+    if (directory / RECORD).is_file():
+        record = _read_record(directory / RECORD)
+        model = Model(ModelConfig.from_dict(record["config"]))
+
+        def restored(site: str) -> jax.Array:
+            return model.site_weight(load_base(path).params, site)
+
+        return BaseInfo(model=model, digest=record["digest"], source=record["source"], site_weight=restored)
+    if (directory / hf.CONFIG).is_file():
+        model = Model(hf.read_config(directory))
+        weights = hf.open_weights(directory, model)
+
+        def read(site: str) -> np.ndarray:
+            return weights.read(model.weight_name(site))
+
+        return BaseInfo(model=model, digest=weights.digest(), source=str(path), site_weight=read)
+    raise _no_base(directory)
+
+
+def _no_base(directory: Path) -> CheckpointError:
     state = "holds neither" if directory.is_dir() else "is not a directory with"
-    raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
+    return CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
 
 
 def save_base(path: str | os.PathLike[str], base: Base) -> None:

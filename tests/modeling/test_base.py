@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from popax.errors import CheckpointError, ConfigError
+from popax.errors import CheckpointError, ConfigError, SiteError
 from popax.modeling import hf, shards
-from popax.modeling.base import RECORD, load_base, new_base, save_base
+from popax.modeling.base import RECORD, load_base, new_base, open_base, save_base
 from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
@@ -221,6 +221,23 @@ def test_an_index_that_lies_is_refused(directory):
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="is not an index"):
         load_base(directory)
+
+
+def test_a_base_is_known_without_loading_it(tiny, directory, saved, monkeypatch):
+    loaded = {place: load_base(place) for place in (directory, saved)}
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("weights were put on a device"))
+    opened = {place: open_base(place) for place in loaded}
+    kernel = tiny.model.site_weight(tiny.params, "layers.attn.q_proj")
+    np.testing.assert_array_equal(opened[directory].site_weight("layers.attn.q_proj"), kernel)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(opened[saved].site_weight("layers.attn.q_proj"), kernel)
+    for place, info in opened.items():
+        base = loaded[place]
+        assert (info.model, info.digest, info.source) == (base.model, base.digest, base.source)
+        with pytest.raises(SiteError, match="no site 'elsewhere'"):
+            info.site_weight("elsewhere")
+    with pytest.raises(CheckpointError, match=r"nowhere is not a directory with config\.json"):
+        open_base(directory / "nowhere")
 
 
 def test_what_is_no_base_is_said_to_be_none(directory, tmp_path):
