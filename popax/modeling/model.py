@@ -140,20 +140,21 @@ class Model:
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
         """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered."""
-        self._check_site(site)
-        return flatten_named(params)[_kernel_name(site)]
+        return flatten_named(params)[self.weight_name(site)]
+
+    def weight_name(self, site: str) -> str:
+        """The name in params of the weight at a site. Raises SiteError where there is no such site."""
+        sites = self.sites()
+        if site not in sites:
+            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+        return _kernel_name(site)
 
     def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:
         """params with another weight at a site, of the same shape; the other leaves are shared."""
         old = self.site_weight(params, site)
         if weight.shape != old.shape:
             raise SiteError(f"the weight at {site} has shape {old.shape}; it cannot become {weight.shape}")
-        return unflatten_named({**flatten_named(params), _kernel_name(site): weight.astype(old.dtype)})
-
-    def _check_site(self, site: str) -> None:
-        sites = self.sites()
-        if site not in sites:
-            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+        return unflatten_named({**flatten_named(params), self.weight_name(site): weight.astype(old.dtype)})
 
     def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the embedding table, [B, T, D] in the compute dtype."""
