@@ -4,11 +4,13 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -36,6 +38,17 @@ class Base:
     source: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """What is known of a base that is not loaded. site_weight(site): its weight there, as `Model.site_weight` has it,
+    read when it is asked for."""
+
+    model: Model
+    digest: str
+    source: str
+    site_weight: Callable[[str], jax.Array | np.ndarray]
+
+
 def new_base(model: Model, params: Params, *, source: str) -> Base:
     """A base of weights that were made here (trained, or random): its digest is of the parameters in memory."""
     return Base(model=model, params=params, digest=digest_params(params, model.config), source=source)
@@ -48,22 +61,55 @@ def load_base(
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    verify: bool = False,
 ) -> Base:
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
-    mesh: where given, each device reads its own shard only. Raises CheckpointError for a directory that is neither, or
-    whose weights are damaged or do not fit; ConfigError for a config that popax does not support.
+    mesh: where given, each device reads its own shard only, and all processes of the mesh load together. rules: the
+    model's, by default popax.sharding's. verify: hash the files of a Hugging Face directory even where their hashes are
+    noted beside them. Raises CheckpointError for a directory that is neither, or whose weights are damaged or do not
+    fit; ConfigError for a config that popax does not support.
     """
     directory = Path(path)
     if (directory / RECORD).is_file():
         return _load_saved(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
     if (directory / hf.CONFIG).is_file():
-        model = Model(hf.read_config(directory, dtype=dtype, param_dtype=param_dtype))
-        params, digest = hf.load_weights(directory, model, mesh=mesh, rules=rules)
+        config = hf.read_config(directory, dtype=dtype, param_dtype=param_dtype)
+        model = Model(config, rules or ShardingRules())
+        params, digest = hf.open_weights(directory, model).load(mesh=mesh, verify=verify)
         return Base(model=model, params=params, digest=digest, source=str(path))
+    raise _no_base(directory)
+
+
+def open_base(path: str | os.PathLike[str]) -> BaseInfo:
+    """The base in a directory, whose weights are not loaded: of a Hugging Face directory they are hashed at most.
+
+    Raises what `load_base` raises.
+    """
+    directory = Path(path)
+    if (directory / RECORD).is_file():
+        record = _read_record(directory / RECORD)
+        model = Model(ModelConfig.from_dict(record["config"]))
+
+        def restored(site: str) -> jax.Array:
+            return model.site_weight(load_base(path).params, site)
+
+        return BaseInfo(model=model, digest=record["digest"], source=record["source"], site_weight=restored)
+    if (directory / hf.CONFIG).is_file():
+        model = Model(hf.read_config(directory))
+        weights = hf.open_weights(directory, model)
+
+        def read(site: str) -> np.ndarray:
+            return weights.read(model.weight_name(site))
+
+        return BaseInfo(model=model, digest=weights.digest(), source=str(path), site_weight=read)
+    raise _no_base(directory)
+
+
+def _no_base(directory: Path) -> CheckpointError:
     state = "holds neither" if directory.is_dir() else "is not a directory with"
-    raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
+    return CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
 
 
 def save_base(path: str | os.PathLike[str], base: Base) -> None:
@@ -99,11 +145,11 @@ def _load_saved(
     stored = ModelConfig.from_dict(record["config"])
     # As with a Hugging Face directory, the compute type follows a param_dtype that is asked for.
     chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
-    model = Model(dataclasses.replace(stored, **chosen))
+    model = Model(dataclasses.replace(stored, **chosen), rules or ShardingRules())
     target = model.abstract()
     # Always said: left out, Orbax would look for the devices that the weights were saved from.
     alone = SingleDeviceSharding(jnp.zeros(()).device)
-    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh, rules)
+    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh)
     target = jax.tree.map(_with_sharding, target, shardings)
     try:
         with ocp.StandardCheckpointer() as checkpointer:

@@ -79,14 +79,14 @@ class Spread(NamedTuple):
         return ExpertWeights(*specs)
 
 
-def spread() -> Spread | None:
+def spread(rules: ShardingRules) -> Spread | None:
     """How the ambient mesh spreads experts; None where there is one device, or its axes are handled by a caller."""
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual]
     wide = [name for name in free if mesh.shape[name] > 1]
     if not wide:
         return None
-    by_axis = [(axes,) if isinstance(axes, str) else (axes or ()) for axes in ShardingRules().spec(WEIGHT_AXES, mesh)]
+    by_axis = [(axes,) if isinstance(axes, str) else (axes or ()) for axes in rules.spec(WEIGHT_AXES, mesh)]
     expert, embed, ffw = (tuple(name for name in axes if name in wide) for axes in by_axis)
     # Users first: they are cut before the tokens of one are.
     outer = tuple(sorted((name for name in wide if name not in (*expert, *ffw)), key=lambda name: name != USERS))
@@ -94,9 +94,11 @@ def spread() -> Spread | None:
     return Spread(frozenset(free), outer, expert, embed, ffw, devices, tuple(mesh.shape[name] for name in outer))
 
 
-def forward(values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None) -> Outputs:
-    """`experts_forward` on the ambient mesh."""
-    mesh, tokens = spread(), values.x_MxD.shape[0]
+def forward(
+    values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None, rules: ShardingRules
+) -> Outputs:
+    """`experts_forward` on the ambient mesh, whose devices have the weights as the rules say."""
+    mesh, tokens = spread(rules), values.x_MxD.shape[0]
     stretch = _stretch(tokens, factors)
     if mesh is None:
         return experts_forward(values, choice, weights, factors, stretch=stretch)
@@ -119,11 +121,12 @@ def backward(
     weights: ExpertWeights,
     factors: ExpertFactors | None,
     cotangent: Outputs,
+    rules: ShardingRules,
     *,
     trained: bool,
 ) -> tuple[Values, ExpertWeights | None, ExpertFactors | None]:
     """`experts_backward` on the ambient mesh."""
-    mesh, tokens = spread(), values.x_MxD.shape[0]
+    mesh, tokens = spread(rules), values.x_MxD.shape[0]
     stretch = _stretch(tokens, factors)
     options = {"trained": trained, "stretch": stretch}
     if mesh is None:

@@ -11,6 +11,7 @@ from popax.modeling.experts import Choice, ExpertWeights, Values
 from popax.modeling.layers import SwiGLU, normal, project
 from popax.modeling.routed import routed_experts
 from popax.modeling.router import Router
+from popax.sharding import ShardingRules
 from popax.types import SiteFn
 
 
@@ -44,19 +45,21 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(f"{name}.up_proj", wide, ("embed", "expert_ffw"), std=in_std, **options)
         self.down_proj = ExpertLinear(f"{name}.down_proj", narrow, ("expert_ffw", "embed"), std=out_std, **options)
 
-    def __call__(self, x_BxTxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, site_fn: SiteFn) -> jax.Array:
-        """y = sum over the chosen experts of weight * mlp_e(x), with what adapters make of the experts."""
+    def __call__(
+        self, x_BxTxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, site_fn: SiteFn, rules: ShardingRules
+    ) -> jax.Array:
+        """The sum over a token's experts of weight * mlp_e(x), with what adapters make of them. rules: as in Model."""
         parts = (self.gate_proj, self.up_proj, self.down_proj)
         weights = ExpertWeights(*(part.kernel[...] for part in parts))
         terms = site_fn.expert_terms(x_BxTxD, (parts[0].site, parts[1].site, parts[2].site))
         x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         if terms is None:
-            outputs = routed_experts(Values(x_MxD, weight_MxK), Choice(expert_MxK), weights, None)
+            outputs = routed_experts(Values(x_MxD, weight_MxK), Choice(expert_MxK), weights, None, rules)
             return outputs.y_MxD.reshape(x_BxTxD.shape)
         flat = lambda leaf: leaf.reshape(x_MxD.shape[0], -1)  # noqa: E731
         slot_Mx1, *lows = jax.tree.map(flat, (terms.slot_BxT, terms.gate_BxTxR, terms.up_BxTxR))
         choice = Choice(expert_MxK, slot_Mx1)
-        outputs = routed_experts(Values(x_MxD, weight_MxK, *lows), choice, weights, terms.factors)
+        outputs = routed_experts(Values(x_MxD, weight_MxK, *lows), choice, weights, terms.factors, rules)
         y_BxTxD = outputs.y_MxD.reshape(x_BxTxD.shape)
         if outputs.low_MxQ is None:
             return y_BxTxD
@@ -77,15 +80,16 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
 
     def __call__(
-        self, x_BxTxD: jax.Array, site_fn: SiteFn, routes_BxTxK: jax.Array | None = None
+        self, x_BxTxD: jax.Array, site_fn: SiteFn, rules: ShardingRules, routes_BxTxK: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """(y, the experts that each token went to: int32 [B, T, K]). routes_BxTxK: as in `Router.choose`."""
+        """(y, the experts that each token went to: int32 [B, T, K]). rules: as in Model. routes_BxTxK: as in
+        `Router.choose`."""
         shared = () if self.shared is None else self.shared.inner
         logits_BxTxE, *inner_BxTxF = project(x_BxTxD, site_fn, self.router, *shared)
         recorded_MxK = None if routes_BxTxK is None else routes_BxTxK.reshape(-1, routes_BxTxK.shape[-1])
         expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]), recorded_MxK)
         taken_BxTxK = expert_MxK.reshape(*x_BxTxD.shape[:-1], -1)
-        y_BxTxD = self.experts(x_BxTxD, expert_MxK, weight_MxK, site_fn)
+        y_BxTxD = self.experts(x_BxTxD, expert_MxK, weight_MxK, site_fn, rules)
         if self.shared is None:
             return y_BxTxD, taken_BxTxK
         gate_BxTxF, up_BxTxF = inner_BxTxF

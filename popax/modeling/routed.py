@@ -17,18 +17,28 @@ from jax.custom_derivatives import SymbolicZero
 
 from popax.modeling import expert_parallel
 from popax.modeling.experts import Choice, ExpertWeights, Outputs, Values
+from popax.sharding import ShardingRules
 from popax.types import ExpertFactors
 
 
-@jax.custom_vjp
 def routed_experts(
-    values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None = None
+    values: Values,
+    choice: Choice,
+    weights: ExpertWeights,
+    factors: ExpertFactors | None = None,
+    rules: ShardingRules = ShardingRules(),  # noqa: B008 - frozen
 ) -> Outputs:
-    """What the experts make of tokens, as `Outputs` says; on the ambient mesh. Differentiable in all but choice.
+    """What the experts make of tokens, as `Outputs` says; on the ambient mesh, whose devices have the weights as the
+    rules say. Differentiable in all but choice.
 
     factors: of adapters on the experts, with choice.slot_Mx1; a vmap over them folds users into slots.
     """
-    return _forward(weights, factors, choice, values)
+    return _routed_experts(values, choice, weights, factors, rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _routed_experts(values, choice, weights, factors, rules: ShardingRules) -> Outputs:
+    return _forward(rules)(weights, factors, choice, values)
 
 
 def _folded(function: Callable[..., Any], *, own_factors: bool) -> Callable[..., Any]:
@@ -102,25 +112,28 @@ def _one_by_one(function: Callable[..., Any], axis_size: int, in_batched: Any, o
     return jax.lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
 
 
-@functools.partial(_folded, own_factors=False)
-def _forward(weights: ExpertWeights, factors: ExpertFactors | None, choice: Choice, values: Values) -> Outputs:
-    return expert_parallel.forward(values, choice, weights, factors)
+@functools.cache
+def _forward(rules: ShardingRules) -> Callable[..., Outputs]:
+    def forward(weights: ExpertWeights, factors: ExpertFactors | None, choice: Choice, values: Values) -> Outputs:
+        return expert_parallel.forward(values, choice, weights, factors, rules)
+
+    return _folded(forward, own_factors=False)
 
 
-def _gradients(weights, factors, choice, values, cotangent, *, trained: bool):
-    return expert_parallel.backward(values, choice, weights, factors, cotangent, trained=trained)
+@functools.cache
+def _backward(rules: ShardingRules, *, trained: bool) -> Callable[..., Any]:
+    def gradients(weights, factors, choice, values, cotangent):
+        return expert_parallel.backward(values, choice, weights, factors, cotangent, rules, trained=trained)
+
+    return _each_alone(gradients) if trained else _folded(gradients, own_factors=True)
 
 
-_backward_frozen = _folded(functools.partial(_gradients, trained=False), own_factors=True)
-_backward_trained = _each_alone(functools.partial(_gradients, trained=True))
-
-
-def _keep(values, choice, weights, factors):
+def _keep(values, choice, weights, factors, rules):
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(weights, is_leaf=_is_primal))
     operands = (values, choice, weights, factors)
     values, choice, weights, factors = jax.tree.map(lambda primal: primal.value, operands, is_leaf=_is_primal)
     # What is static has to be in the structure of the residuals: an empty tuple or None.
-    outputs = _forward(weights, factors, choice, values)
+    outputs = _forward(rules)(weights, factors, choice, values)
     return outputs, (values, choice, weights, factors, () if trained else None)
 
 
@@ -135,12 +148,12 @@ def _dense(leaf: Any) -> jax.Array:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _pull(residuals, cotangent):
+def _pull(rules, residuals, cotangent):
     values, choice, weights, factors, trained = residuals
     cotangent = jax.tree.map(_dense, cotangent, is_leaf=lambda leaf: isinstance(leaf, SymbolicZero))
-    backward = _backward_frozen if trained is None else _backward_trained
+    backward = _backward(rules, trained=trained is not None)
     dvalues, dweights, dfactors = backward(weights, factors, choice, values, cotangent)
     return dvalues, None, dweights, dfactors
 
 
-routed_experts.defvjp(_keep, _pull, symbolic_zeros=True)
+_routed_experts.defvjp(_keep, _pull, symbolic_zeros=True)

@@ -90,9 +90,13 @@ def first_layer(site_fns):
     return jax.tree.map(lambda leaf: leaf[0], site_fns)
 
 
+def run_experts(layer, x, expert, weight, site_fn):
+    return nnx.merge(*layer)(x, expert, weight, site_fn, ShardingRules())
+
+
 def output(layer, cohort, adapter, x, expert, weight, **slots):
     adapt = bind_slots(cohort, adapter, {}, **slots) if slots else bind(cohort, adapter, {})
-    return nnx.merge(*layer)(x, expert, weight, first_layer(adapt.layers))
+    return run_experts(layer, x, expert, weight, first_layer(adapt.layers))
 
 
 def loss_and_gradients(layer, cohort):
@@ -183,7 +187,7 @@ def test_rows_of_mixed_users_are_each_user_alone_and_the_bases_rows_its_own_bits
         x, expert, weight = (leaf.reshape(N * B, -1, leaf.shape[-1]) for leaf in tokens_of(length))
         flat = (x, expert.reshape(-1, K), weight.reshape(-1, K))
         mixed = run(pool, *flat, slot_B=slot_B)
-        base = jax.jit(lambda flat: nnx.merge(*layer)(*flat, NO_ADAPT))(flat)
+        base = jax.jit(lambda flat: run_experts(layer, *flat, NO_ADAPT))(flat)
         for row, slot in enumerate(slot_B.tolist()):
             if slot < 0:
                 np.testing.assert_array_equal(mixed[row], base[row])
@@ -265,7 +269,7 @@ def test_dropout_is_on_what_enters_the_adapter(layer):
     cohort, (x, expert, weight) = cohort_of("gate", dropout=0.5), tokens_of()
     one = jax.tree.map(lambda leaf: leaf[0], users_of(cohort))
     first = lambda key: first_layer(bind(cohort, one, {}, dropout_key=key).layers)  # noqa: E731
-    run = lambda key: nnx.merge(*layer)(x[0], expert[0], weight[0], first(key))  # noqa: E731
+    run = lambda key: run_experts(layer, x[0], expert[0], weight[0], first(key))  # noqa: E731
     assert np.abs(run(jax.random.key(0)) - run(None)).max() > 1e-3
     np.testing.assert_array_equal(run(jax.random.key(0)), run(jax.random.key(0)))
 
