@@ -1,6 +1,7 @@
 """A base's weights in the files they lie in: loaded onto a mesh, or read one at a time, and named by their digest."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,7 +70,9 @@ class StoredWeights:
             arrays = {}
             for name, source in self.sources.items():
                 hashing.begin(self._stored(name))
-                arrays[name] = read_shards(source, shapes[name], shardings[name], devices, hashing.pool)
+                shape, dtype = shapes[name].shape, np.dtype(shapes[name].dtype)
+                read = functools.partial(read_shard, source, shape, dtype, hashing.pool)
+                arrays[name] = read_shards(read, shape, shardings[name], devices)
             return arrays, self._digest(hashing)
 
     def digest(self, *, verify: bool = False) -> str:
@@ -81,7 +84,9 @@ class StoredWeights:
         """One whole parameter, in the host's memory."""
         like = flatten_named(self.model.abstract())[name]
         with ThreadPoolExecutor() as pool:
-            return read_shard(self.sources[name], like.shape, like.dtype, (slice(None),) * len(like.shape), pool)
+            return read_shard(
+                self.sources[name], like.shape, np.dtype(like.dtype), pool, (slice(None),) * len(like.shape)
+            )
 
     def _stored(self, name: str) -> list[StoredTensor]:
         return [part for tensor in self.sources[name].tensors for part in tensor.stored]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from popax.errors import CheckpointError
-from popax.modeling import hf, shards
+from popax.modeling import hf, shards, stored_weights
 from popax.modeling.base import load_base
 from popax.modeling.block_config import MLAConfig, MoEConfig
 from popax.modeling.config import ModelConfig
@@ -124,7 +124,7 @@ def test_a_device_reads_its_own_experts_only(stored, monkeypatch):
             opened[-1].add(tensor.name)
         return read(tensor, index)
 
-    monkeypatch.setattr(shards, "read_shard", recorded)
+    monkeypatch.setattr(stored_weights, "read_shard", recorded)
     monkeypatch.setattr(StoredTensor, "read", noted)
     base = load_base(directory, mesh=mesh)
     experts = [names for names in opened if any(".experts." in name for name in names)]
