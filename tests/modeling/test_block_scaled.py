@@ -135,6 +135,19 @@ def test_a_device_reads_its_own_experts_only(stored, monkeypatch):
     assert base.params["layers"]["moe"]["experts"]["up_proj"]["kernel"].sharding.shard_shape((1, E, 160, 144))[1] == 1
 
 
+def test_rows_that_are_read_and_exchanged_are_the_same_base(stored):
+    directory, meant = stored
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("population", "expert", "tensor"))
+    model = Model(CONFIG)
+    weights = hf.open_weights(directory, model)
+    params, digest = weights.load(mesh=mesh, exchange=True)
+    assert digest == weights.digest()
+    wanted = flatten_named(model.shardings(mesh))
+    for name, leaf in flatten_named(params).items():
+        np.testing.assert_array_equal(leaf, meant[name], err_msg=name)
+        assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
+
+
 def test_factors_that_are_missing_or_do_not_fit_are_named(files, tmp_path):
     tensors, name = files[0], "model.layers.1.self_attn.o_proj.weight_scale_inv"
     (tmp_path / "config.json").write_text(json.dumps(RECORD))
