@@ -66,7 +66,7 @@ def load_base(
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
-    mesh: where given, each device reads its own shard only, and all processes of the mesh load together. rules: the
+    mesh: where given, each device has its own shard only, and all processes of the mesh load together. rules: the
     model's, by default popax.sharding's. verify: hash the files of a Hugging Face directory even where their hashes are
     noted beside them. Raises CheckpointError for a directory that is neither, or whose weights are damaged or do not
     fit; ConfigError for a config that popax does not support.
