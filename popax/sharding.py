@@ -85,6 +85,18 @@ def make_mesh(text: str | None) -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(tuple(sizes.values())), tuple(sizes))
 
 
+def training_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What the compiler of a training step on this mesh is told beside its defaults; None for nothing.
+
+    A TPU's partitioner turns a gather of weights from all devices of a program, and from all only, into a ring of
+    partial products. By its own count that reads and writes more, and a step would do more work on one replica of the
+    population than on two. The option is a size in MiB that such products have at least: none has so much.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
+
+
 def shard_tree(tree: Any, shardings: Any) -> Any:
     """Put every leaf where its sharding says."""
     return jax.tree.map(jax.device_put, tree, shardings)
