@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from popax.modeling.experts import ExpertWeights, experts_backward, experts_forward
+from popax.modeling.quantised import Quantised, Weight, per_channel
 from popax.sharding import ShardingRules
 
 WEIGHT_AXES = ("expert", "embed", "expert_ffw")
@@ -40,11 +41,18 @@ class Spread(NamedTuple):
     def tokens(self) -> PartitionSpec:
         return PartitionSpec((*self.outer, *self.gathered))
 
-    @property
-    def weights(self) -> ExpertWeights:
+    def weights(self, like: ExpertWeights) -> ExpertWeights:
+        """A PartitionSpec for each array of `like`; the factor of a whole channel is cut along with channels only."""
         expert, embed, ffw = (names or None for names in (self.expert, self.embed, self.ffw))
-        specs: list[Any] = [PartitionSpec(expert, embed, ffw)] * 2 + [PartitionSpec(expert, ffw, embed)]
-        return ExpertWeights(*specs)
+
+        def specs(weight: Weight, rows: Any, columns: Any) -> Any:
+            whole = PartitionSpec(expert, rows, columns)
+            if not isinstance(weight, Quantised):
+                return whole
+            return Quantised(whole, PartitionSpec(expert, None, columns) if per_channel(weight) else whole)
+
+        inner = (specs(weight, embed, ffw) for weight in (like.gate_ExDxF, like.up_ExDxF))
+        return ExpertWeights(*inner, specs(like.down_ExFxD, ffw, embed))
 
 
 def spread() -> Spread | None:
@@ -76,7 +84,7 @@ def forward(x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weig
 
     tokens = mesh.tokens
     operands, cut = _fill(mesh, weights, x_MxD, expert_MxK, weight_MxK)
-    run = _per_device(on_device, mesh, (tokens, tokens, tokens, mesh.weights), tokens)
+    run = _per_device(on_device, mesh, (tokens, tokens, tokens, mesh.weights(weights)), tokens)
     return run(*operands, weights)[:cut]
 
 
@@ -103,8 +111,9 @@ def backward(
 
     tokens = mesh.tokens
     operands, cut = _fill(mesh, weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
-    out_specs = (tokens, tokens, mesh.weights if trained else None)
-    run = _per_device(on_device, mesh, (*(tokens,) * len(operands), mesh.weights), out_specs)
+    specs = mesh.weights(weights)
+    out_specs = (tokens, tokens, specs if trained else None)
+    run = _per_device(on_device, mesh, (*(tokens,) * len(operands), specs), out_specs)
     dx_MxD, dweight_MxK, dweights = run(*operands, weights)
     return dx_MxD[:cut], dweight_MxK[:cut], dweights
 
@@ -116,7 +125,7 @@ def _per_device(function, mesh: Spread, in_specs, out_specs):
 def _fill(mesh: Spread, weights: ExpertWeights, *operands: jax.Array) -> tuple[list[jax.Array], int]:
     """Tokens up to a multiple of the devices, those added being of no expert; and how many are real."""
     tokens = operands[0].shape[0]
-    none = weights.gate_ExDxF.shape[0]
+    none = weights.count
 
     def pad(operand: jax.Array) -> jax.Array:
         value = none if jnp.issubdtype(operand.dtype, jnp.integer) else 0
@@ -135,7 +144,7 @@ def _scatter(partial: jax.Array, mesh: Spread) -> jax.Array:
 
 def _local_ids(expert_MxK: jax.Array, own: ExpertWeights, mesh: Spread) -> jax.Array:
     """This device's numbers of the experts; theirs, and no expert, become `count`: none of these."""
-    count = own.gate_ExDxF.shape[0]
+    count = own.count
     first = jax.lax.axis_index(mesh.expert) * count if mesh.expert else 0
     local_MxK = expert_MxK - first
     return jnp.where((local_MxK >= 0) & (local_MxK < count), local_MxK, count).astype(expert_MxK.dtype)
@@ -145,8 +154,15 @@ def _whole(weights: ExpertWeights, mesh: Spread) -> ExpertWeights:
     """The experts of this device with all of their embed features, which other devices may keep."""
     if not mesh.embed:
         return weights
-    parts = zip(weights, EMBED_AXES, strict=True)
-    return ExpertWeights(*(jax.lax.all_gather(w, mesh.embed, axis=axis, tiled=True) for w, axis in parts))
+
+    def gather(weight: Weight, axis: int) -> Weight:
+        if not isinstance(weight, Quantised):
+            return jax.lax.all_gather(weight, mesh.embed, axis=axis, tiled=True)
+        # In fewer bits, on the way as well; a factor for all input features is here already.
+        here = axis == 1 and per_channel(weight)
+        return Quantised(gather(weight.values, axis), weight.scales if here else gather(weight.scales, axis))
+
+    return ExpertWeights(*(gather(w, axis) for w, axis in zip(weights, EMBED_AXES, strict=True)))
 
 
 def _reduced(dweights: ExpertWeights, mesh: Spread) -> ExpertWeights:

@@ -11,18 +11,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from popax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_back, grouped_outer
+from popax.kernels.grouped_matmul import grouped_outer
+from popax.modeling.grouped import grouped_product, grouped_product_back
+from popax.modeling.quantised import Weight
 
 # Tokens whose sorted copies are in memory at once: K copies of each, of embed_dim and of expert_ffw_dim features.
 CHUNK_TOKENS = 4096
 
 
 class ExpertWeights(NamedTuple):
-    """The MLPs of E experts: y = (silu(x gate) * (x up)) down."""
+    """The MLPs of E experts: y = (silu(x gate) * (x up)) down. Each may be Quantised, and is then not trained."""
 
-    gate_ExDxF: jax.Array
-    up_ExDxF: jax.Array
-    down_ExFxD: jax.Array
+    gate_ExDxF: Weight
+    up_ExDxF: Weight
+    down_ExFxD: Weight
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return jax.tree.leaves(self)[0].shape[0]
 
 
 class Sorted(NamedTuple):
@@ -50,13 +57,13 @@ def experts_forward(
     """y[m] = sum_k weight[m, k] mlp_{expert[m, k]}(x[m]), [M, D] in x's dtype."""
 
     def chunk(_: None, x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array):
-        rows = sort_copies(expert_MxK, weights.gate_ExDxF.shape[0])
+        rows = sort_copies(expert_MxK, weights.count)
         gate_RxF, up_RxF = _inner(x_MxD, rows, weights)
         hidden_RxF = _weighted(gate_RxF, up_RxF, _row_weights(rows, weight_MxK))
-        out_RxD = grouped_matmul(hidden_RxF, weights.down_ExFxD.astype(x_MxD.dtype), rows.sizes_E)
+        out_RxD = grouped_product(hidden_RxF, weights.down_ExFxD, rows.sizes_E)
         return None, _to_tokens(out_RxD, rows)
 
-    return _in_chunks(chunk, None, weights.gate_ExDxF.shape[0], x_MxD, expert_MxK, weight_MxK)[1]
+    return _in_chunks(chunk, None, weights.count, x_MxD, expert_MxK, weight_MxK)[1]
 
 
 def experts_backward(
@@ -74,15 +81,13 @@ def experts_backward(
     """
 
     def chunk(sums: ExpertWeights | None, x_MxD, expert_MxK, weight_MxK, dy_MxD):
-        rows = sort_copies(expert_MxK, weights.gate_ExDxF.shape[0])
+        rows = sort_copies(expert_MxK, weights.count)
         gate_RxF, up_RxF = _inner(x_MxD, rows, weights)
         hidden_RxF, back = jax.vjp(_weighted, gate_RxF, up_RxF, _row_weights(rows, weight_MxK))
         dy_RxD = _to_rows(dy_MxD, rows)
-        dgate_RxF, dup_RxF, dweight_R = back(
-            grouped_matmul_back(dy_RxD, weights.down_ExFxD.astype(x_MxD.dtype), rows.sizes_E)
-        )
-        dx_RxD = grouped_matmul_back(dgate_RxF, weights.gate_ExDxF.astype(x_MxD.dtype), rows.sizes_E)
-        dx_RxD = dx_RxD + grouped_matmul_back(dup_RxF, weights.up_ExDxF.astype(x_MxD.dtype), rows.sizes_E)
+        dgate_RxF, dup_RxF, dweight_R = back(grouped_product_back(dy_RxD, weights.down_ExFxD, rows.sizes_E))
+        dx_RxD = grouped_product_back(dgate_RxF, weights.gate_ExDxF, rows.sizes_E)
+        dx_RxD = dx_RxD + grouped_product_back(dup_RxF, weights.up_ExDxF, rows.sizes_E)
         if sums is not None:
             x_RxD = _to_rows(x_MxD, rows)
             pairs = ((x_RxD, dgate_RxF), (x_RxD, dup_RxF), (hidden_RxF, dy_RxD))
@@ -93,14 +98,14 @@ def experts_backward(
 
     zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
     operands = (x_MxD, expert_MxK, weight_MxK, dy_MxD)
-    sums, (dx_MxD, dweight_MxK) = _in_chunks(chunk, zeros, weights.gate_ExDxF.shape[0], *operands)
+    sums, (dx_MxD, dweight_MxK) = _in_chunks(chunk, zeros, weights.count, *operands)
     return dx_MxD, dweight_MxK, sums
 
 
 def _inner(x_MxD: jax.Array, rows: Sorted, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
     x_RxD = _to_rows(x_MxD, rows)
-    gate_RxF = grouped_matmul(x_RxD, weights.gate_ExDxF.astype(x_MxD.dtype), rows.sizes_E)
-    return gate_RxF, grouped_matmul(x_RxD, weights.up_ExDxF.astype(x_MxD.dtype), rows.sizes_E)
+    gate_RxF = grouped_product(x_RxD, weights.gate_ExDxF, rows.sizes_E)
+    return gate_RxF, grouped_product(x_RxD, weights.up_ExDxF, rows.sizes_E)
 
 
 def _weighted(gate_RxF: jax.Array, up_RxF: jax.Array, weight_R: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
+from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, kernel_name, quantisable, stored_weight
 from popax.modeling.rope import cos_sin
 from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
@@ -39,7 +40,7 @@ class Model:
 
     params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}, and "dense_layers" where there
     are such before the first mixture of experts; kernels are [d_in, d_out], and everything in a stack of layers has the
-    layer axis first.
+    layer axis first. A quantised kernel is {"values", "scales"} in the place of its array.
     """
 
     config: ModelConfig
@@ -54,6 +55,8 @@ class Model:
             abstract = nnx.eval_shape(lambda stack=stack: Block(self.config, stack, rngs=nnx.Rngs(params=0)))
             blocks[name], state = nnx.split(abstract)
             variables |= {"/".join(map(str, (name, *path))): leaf for path, leaf in nnx.to_flat_state(state)}
+        if self.config.quantise is not None:
+            self.config.quantise.check(quantisable(variables))
         return blocks, ends, dict(sorted(variables.items()))
 
     @functools.cached_property
@@ -114,8 +117,8 @@ class Model:
 
     @property
     def num_params(self) -> int:
-        """Parameters of the base; tied embeddings count once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+        """Parameters of the base; tied embeddings count once, and a quantised weight's factors are none."""
+        return sum(leaf.size for name, leaf in flatten_named(self.abstract()).items() if not name.endswith(SCALES))
 
     def sites(self) -> dict[str, SiteInfo]:
         """The linear maps an adapter may act on, in the order of the forward pass."""
@@ -123,7 +126,8 @@ class Model:
         found = {}
 
         def add(site: str, layers: int, first_layer: int) -> None:
-            kernel = _kernel_name(site)
+            kernel = kernel_name(site)
+            kernel = kernel if kernel in abstract else kernel + VALUES
             d_in, d_out = abstract[kernel].shape[-2:]
             shape = {"d_in": d_in, "d_out": d_out, "axes": axes[kernel][-2:]}
             found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
@@ -136,16 +140,26 @@ class Model:
         return found
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
-        """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered."""
+        """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered.
+
+        In param_dtype; of a quantised weight, what its values and factors stand for.
+        """
         self._check_site(site)
-        return flatten_named(params)[_kernel_name(site)]
+        return dense(stored_weight(flatten_named(params), kernel_name(site)), self.config.param_dtype)
 
     def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:
-        """params with another weight at a site, of the same shape; the other leaves are shared."""
-        old = self.site_weight(params, site)
+        """params with another weight at a site, of the same shape; the other leaves are shared.
+
+        Raises SiteError where the site's weight is quantised: rounding what is added to it would lose the most of it.
+        """
+        self._check_site(site)
+        flat = flatten_named(params)
+        old = stored_weight(flat, kernel_name(site))
+        if isinstance(old, Quantised):
+            raise SiteError(f"the weight at {site} is quantised, and takes no other: load the base without quantise")
         if weight.shape != old.shape:
             raise SiteError(f"the weight at {site} has shape {old.shape}; it cannot become {weight.shape}")
-        return unflatten_named({**flatten_named(params), _kernel_name(site): weight.astype(old.dtype)})
+        return unflatten_named({**flat, kernel_name(site): weight.astype(old.dtype)})
 
     def _check_site(self, site: str) -> None:
         sites = self.sites()
@@ -247,7 +261,3 @@ class Model:
 
     def _ends(self, params: Params) -> Any:
         return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name not in self.stacks})
-
-
-def _kernel_name(site: str) -> str:
-    return site.replace(".", "/") + "/kernel"
