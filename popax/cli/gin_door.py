@@ -29,6 +29,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.modeling.config:LinearRope",
     "popax.modeling.config:Llama3Rope",
     "popax.modeling.config:YarnRope",
+    "popax.modeling.quantise_rules:QuantiseRule",
+    "popax.modeling.quantise_rules:QuantiseRules",
     "popax.adapters.base:AdapterConfig",
     "popax.adapters.base:TargetRule",
     "popax.data.pipeline:PipelineConfig",

@@ -8,12 +8,14 @@ to test it with, and the gather is the same for one as for many tokens. No axis 
 users who are spread over the mesh never meet.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from popax.errors import ConfigError
 from popax.modeling.experts import ExpertWeights, experts_backward, experts_forward
 from popax.modeling.quantised import Quantised, Weight, per_channel
 from popax.sharding import ShardingRules
@@ -49,10 +51,23 @@ class Spread(NamedTuple):
             whole = PartitionSpec(expert, rows, columns)
             if not isinstance(weight, Quantised):
                 return whole
-            return Quantised(whole, PartitionSpec(expert, None, columns) if per_channel(weight) else whole)
+            if per_channel(weight):
+                return Quantised(whole, PartitionSpec(expert, None, columns))
+            _check_groups(weight, rows or ())
+            return Quantised(whole, whole)
 
-        inner = (specs(weight, embed, ffw) for weight in (like.gate_ExDxF, like.up_ExDxF))
-        return ExpertWeights(*inner, specs(like.down_ExFxD, ffw, embed))
+        gate, up = (specs(weight, embed, ffw) for weight in (like.gate_ExDxF, like.up_ExDxF))
+        return ExpertWeights(gate, up, specs(like.down_ExFxD, ffw, embed))
+
+
+def _check_groups(weight: Quantised, axes: tuple[str, ...]) -> None:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    groups, parts = weight.scales.shape[1], math.prod(sizes[name] for name in axes)
+    if groups % parts:
+        raise ConfigError(
+            f"experts {weight.values.shape} quantised in {groups} groups of their input features are cut in {parts} "
+            f"over {', '.join(axes)}: take smaller groups, or fewer devices there"
+        )
 
 
 def spread() -> Spread | None:
@@ -168,7 +183,8 @@ def _whole(weights: ExpertWeights, mesh: Spread) -> ExpertWeights:
 def _reduced(dweights: ExpertWeights, mesh: Spread) -> ExpertWeights:
     """Gradients of the weights over all tokens, each device keeping the part it has of the weights."""
 
-    def reduce(dw: jax.Array, axis: int) -> jax.Array:
+    def reduce(dw: Weight, axis: int) -> Weight:
+        assert not isinstance(dw, Quantised), "quantised experts are not trained"
         if mesh.embed:
             dw = jax.lax.psum_scatter(dw, mesh.embed, scatter_dimension=axis, tiled=True)
         others = tuple(name for name in mesh.outer if name not in mesh.embed)

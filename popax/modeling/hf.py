@@ -1,8 +1,9 @@
 """Weights of a Hugging Face directory, streamed: each device's shard is read from the files by itself."""
 
+import functools
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from popax.modeling.config import ModelConfig
 from popax.modeling.digest import TensorRecord, digest_records
 from popax.modeling.hf_config import model_config
 from popax.modeling.model import Model
+from popax.modeling.quantised import SCALES, VALUES
+from popax.modeling.rounded import RoundedReader
 from popax.modeling.tensor_files import StoredTensor, open_tensors
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
@@ -47,7 +50,7 @@ STRIP = 256
 
 
 def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
-    """The ModelConfig of a directory's config.json."""
+    """The ModelConfig of a directory's config.json; not quantised."""
     source = str(directory / CONFIG)
     return model_config(_read_record(directory), source=source, dtype=dtype, param_dtype=param_dtype)
 
@@ -66,20 +69,26 @@ def _read_record(directory: Path) -> dict[str, Any]:
 def load_weights(
     directory: Path, model: Model, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
 ) -> tuple[Params, str]:
-    """(params as model.config.param_dtype, digest of the tensors as stored).
+    """(params as model.config.param_dtype, or quantised as it says; digest of the tensors as stored).
 
-    Host memory holds one shard of one parameter at a time. Raises CheckpointError, naming every tensor that is
-    missing, of a wrong shape, or not the model's.
+    Host memory holds one shard of one parameter at a time; of one that is quantised, the rounded shard and one matrix.
+    Raises CheckpointError, naming every tensor that is missing, of a wrong shape, not finite, or not the model's.
     """
-    tensors = open_tensors(directory)
-    sources = _match(model, tensors, directory)
-    digest = _digest(directory, model.config, tensors, sources)
-    abstract = flatten_named(model.abstract())
+    tensors, plain = open_tensors(directory), model.unquantised
+    sources = _match(plain, tensors, directory)
+    digest = _digest(directory, plain.config, tensors, sources)
+    stored, abstract = flatten_named(plain.abstract()), flatten_named(model.abstract())
     shardings = flatten_named(model.shardings(mesh, rules)) if mesh is not None else {}
     params = {}
     for name, source in sources.items():
-        like = abstract[name]
-        params[name] = _place(source, like.shape, np.dtype(like.dtype), shardings.get(name))
+        shape, dtype = stored[name].shape, np.dtype(stored[name].dtype)
+        if name in abstract:
+            params[name] = _place(functools.partial(read_shard, source, shape, dtype), shape, shardings.get(name))
+            continue
+        wide = functools.partial(read_shard, source, shape, np.dtype(np.float32))
+        rounded = RoundedReader(name=name, shape=shape, rule=model.quantise_rule(name), read=wide)
+        for part, read in ((name + VALUES, rounded.values), (name + SCALES, rounded.scales)):
+            params[part] = _place(read, abstract[part].shape, shardings.get(part))
     return unflatten_named(params), digest
 
 
@@ -167,14 +176,19 @@ def _digest(
     return digest_records((TensorRecord(t.name, t.dtype, t.shape, hashes[t.name]) for t in stored), config)
 
 
-def _place(source: Source, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None) -> jax.Array:
-    """The parameter on its devices. One shard's buffer exists at a time: it is dropped once it is on the device."""
+def _place(
+    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    """The parameter on its devices. One shard's buffer exists at a time: it is dropped once it is on the device.
+
+    read(index): this part of the parameter.
+    """
     whole = (slice(None),) * len(shape)
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(read_shard(source, shape, dtype, whole)))
+        return jax.block_until_ready(jax.device_put(read(whole)))
     shards = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        buffer = read_shard(source, shape, dtype, index or whole)
+        buffer = read(index or whole)
         shards.append(jax.block_until_ready(jax.device_put(buffer, device)))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 

@@ -13,7 +13,17 @@ from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
-from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, kernel_name, quantisable, stored_weight
+from popax.modeling.quantise_rules import QuantiseRule
+from popax.modeling.quantised import (
+    SCALES,
+    VALUES,
+    Quantised,
+    dense,
+    kernel_name,
+    quantisable,
+    stored_weight,
+    weight_name,
+)
 from popax.modeling.rope import cos_sin
 from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
@@ -110,6 +120,17 @@ class Model:
                     "choose other mesh axes, or other sharding rules"
                 ) from error
         return unflatten_named(named)
+
+    @property
+    def unquantised(self) -> "Model":
+        """The model with all weights as arrays of param_dtype."""
+        return Model(dataclasses.replace(self.config, quantise=None))
+
+    def quantise_rule(self, kernel: str) -> QuantiseRule:
+        """The rule of a kernel's parameters (layers/attn/q_proj/kernel), which has one."""
+        rule = None if self.config.quantise is None else self.config.quantise.rule(weight_name(kernel))
+        assert rule is not None, kernel
+        return rule
 
     def _layered(self, name: str) -> tuple[int, ...]:
         stack = self.stacks.get(name.partition("/")[0])

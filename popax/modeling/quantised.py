@@ -47,7 +47,8 @@ def round_weight(weight: Any, rule: QuantiseRule, numpy: Any = jnp) -> Quantised
 def weight_scales(weight: Any, rule: QuantiseRule, numpy: Any = jnp) -> Any:
     """The factors of `round_weight`: the largest magnitude of a group becomes the largest value, nothing is cut off."""
     assert rule.dtype is not None
-    scales = numpy.max(numpy.abs(_grouped(weight, rule)), axis=-2) / np.float32(LARGEST[rule.dtype])
+    # Times the inverse: the compiler makes that of a division by a constant, and NumPy would not.
+    scales = numpy.max(numpy.abs(_grouped(weight, rule)), axis=-2) * np.float32(1 / LARGEST[rule.dtype])
     return numpy.where(scales == 0, np.float32(1), scales)
 
 
@@ -135,11 +136,15 @@ def kernel_name(weight: str) -> str:
     return weight.replace(".", "/") + KERNEL
 
 
+def weight_name(kernel: str) -> str:
+    """The inverse of `kernel_name`."""
+    return kernel.removesuffix(KERNEL).replace("/", ".")
+
+
 def quantisable(names: Iterable[str]) -> list[str]:
     """The weights, by the names that rules match, among these names of parameters."""
     kernels = (name.removesuffix(VALUES) for name in names)
-    found = (name.removesuffix(KERNEL).replace("/", ".") for name in kernels if name.endswith(KERNEL))
-    return [name for name in found if not name.endswith(".router")]
+    return [weight_name(name) for name in kernels if name.endswith(KERNEL) and not name.endswith("/router" + KERNEL)]
 
 
 def stored_weight(flat: Mapping[str, Any], kernel: str) -> Weight:
