@@ -43,6 +43,8 @@ KERNEL_CALLERS = (
     "popax.kernels",
     "popax.adapters",
     "popax.modeling.attention",
+    "popax.modeling.experts",
+    "popax.modeling.grouped",
     "popax.modeling.loss",
     "popax.bench.kernels",
 )
@@ -112,7 +114,8 @@ def forbidden(module: str, target: str) -> str | None:
         return f"{module} imports {target}, which stands on no floor"
     if inside(target, "popax.kernels") and not any(inside(module, caller) for caller in KERNEL_CALLERS):
         return (
-            f"{module} imports {target}; only adapters, modeling's attention and loss, and their benchmark call kernels"
+            f"{module} imports {target}; only adapters, modeling's attention, experts and loss, and their benchmark "
+            "call kernels"
         )
     if here == there or there == "popax" or FLOORS[there] < FLOORS[here]:
         return None

@@ -41,7 +41,7 @@ def ragged_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> 
 
 
 def _ragged(rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, dims: RaggedDotDimensionNumbers) -> jax.Array:
-    # The TPU's instruction takes int8 beside wider rows; it refuses int4, and converts float8 itself at twice the memory.
+    # The TPU's instruction takes int8 beside wider rows; it refuses int4, and makes two copies of float8.
     w_ExAxB = w_ExAxB if w_ExAxB.dtype == jnp.int8 else w_ExAxB.astype(rows.dtype)
     return jax.lax.ragged_dot_general(rows, w_ExAxB, sizes_E, dims, preferred_element_type=rows.dtype)
 
