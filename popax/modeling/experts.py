@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from popax.kernels.grouped_matmul import grouped_outer
 from popax.modeling.grouped import grouped_product, grouped_product_back
-from popax.modeling.quantised import Weight
+from popax.modeling.quantised import Weight, dense
 
 # Tokens whose sorted copies are in memory at once: K copies of each, of embed_dim and of expert_ffw_dim features.
 CHUNK_TOKENS = 4096
@@ -56,6 +56,8 @@ def experts_forward(
 ) -> jax.Array:
     """y[m] = sum_k weight[m, k] mlp_{expert[m, k]}(x[m]), [M, D] in x's dtype."""
 
+    weights = _converted(weights, x_MxD)
+
     def chunk(_: None, x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array):
         rows = sort_copies(expert_MxK, weights.count)
         gate_RxF, up_RxF = _inner(x_MxD, rows, weights)
@@ -80,6 +82,9 @@ def experts_backward(
     The hidden features are computed again; the last product of the forward pass is not.
     """
 
+    zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
+    weights = _converted(weights, x_MxD)
+
     def chunk(sums: ExpertWeights | None, x_MxD, expert_MxK, weight_MxK, dy_MxD):
         rows = sort_copies(expert_MxK, weights.count)
         gate_RxF, up_RxF = _inner(x_MxD, rows, weights)
@@ -96,10 +101,14 @@ def experts_backward(
         dweight_MxK = _gathered(dweight_R[:, None], rows)[..., 0]
         return sums, (_to_tokens(dx_RxD, rows), dweight_MxK.astype(weight_MxK.dtype))
 
-    zeros = jax.tree.map(jnp.zeros_like, weights) if trained else None
     operands = (x_MxD, expert_MxK, weight_MxK, dy_MxD)
     sums, (dx_MxD, dweight_MxK) = _in_chunks(chunk, zeros, weights.count, *operands)
     return dx_MxD, dweight_MxK, sums
+
+
+def _converted(weights: ExpertWeights, x_MxD: jax.Array) -> ExpertWeights:
+    """In x's dtype where several chunks meet them: a factor for each of all their rows would move more than weights."""
+    return ExpertWeights(*(dense(w, x_MxD.dtype) for w in weights)) if x_MxD.shape[0] > CHUNK_TOKENS else weights
 
 
 def _inner(x_MxD: jax.Array, rows: Sorted, weights: ExpertWeights) -> tuple[jax.Array, jax.Array]:
