@@ -45,6 +45,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.training.pretrain:PretrainConfig",
     "popax.evaluation.columns:EvalConfig",
     "popax.serving.sampling:Sampling",
+    "popax.bench.quantised:BenchQuantisedConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",
