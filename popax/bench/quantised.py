@@ -67,7 +67,7 @@ def bench_quantised(
         for scheme in (FULL, *config.schemes):
             quantise = None if scheme == FULL else scheme
             base = population.load(param_dtype=FULL, quantise=quantise)
-            row = {"base": scheme, "bytes": stored_bytes(base.params), **logit_error(exact, base, batch)}
+            row = {"weights": scheme, "bytes": stored_bytes(base.params), **logit_error(exact, base, batch)}
             row |= _gain(population, base, users, Path(scratch) / scheme)
             if quantise is not None:
                 # The same weights under the name that the full base's adapters were made for.
@@ -83,8 +83,8 @@ def bench_quantised(
             rows.append(row)
     found: dict[str, Any] = {"users": len(users), "parameters": exact.model.num_params}
     for row in rows:
-        found[f"gain_{row['base']}"] = row["gain"]
-        found[f"top1_agreement_{row['base']}"] = row["top1_agreement"]
+        found[f"gain_{row['weights']}"] = row["gain"]
+        found[f"top1_agreement_{row['weights']}"] = row["top1_agreement"]
     return found, rows
 
 

@@ -32,7 +32,7 @@ def test_the_benchmark_compares_bases_in_fewer_bits(world, tmp_path, capsys):
     params = [part for binding in bindings for part in ("--gin_param", binding)]
     assert main([*arguments, *params, "--json", str(report)]) == 0
     full, int8 = json.loads(report.read_text())["rows"]
-    assert (full["base"], int8["base"]) == ("bfloat16", "int8")
+    assert (full["weights"], int8["weights"]) == ("bfloat16", "int8")
     assert int8["bytes"] < full["bytes"]
     assert 0 < full["max_logit_error"] < 10
     assert 0 <= int8["kl_nats"] < 0.1
