@@ -16,6 +16,8 @@ MeshAxes = str | tuple[str, ...] | None
 DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("population", "population"),
     ("batch", None),
+    # The tokens of a row, and the positions of a cache.
+    ("sequence", "context"),
     ("layers", None),
     # On a mesh with experts, what is no expert's is spread over their devices too, rather than repeated on each.
     ("embed", ("fsdp", "expert")),

@@ -60,7 +60,7 @@ def load_peft(
     sites: Mapping[str, SiteInfo],
     *,
     dtype: str | None = None,
-    base_weight: Callable[[str], jax.Array] | None = None,
+    base_weight: Callable[[str], jax.Array | np.ndarray] | None = None,
 ) -> tuple[AdapterConfig, AdapterState]:
     """Read a PEFT LoRA directory: (config, adapter) on the layout of `Cohort.of(config, sites)`.
 
@@ -172,7 +172,7 @@ def _read_tensors(directory: Path) -> Tensors:
 
 
 def _drop_head_copy(
-    tensors: Tensors, sites: Mapping[str, SiteInfo], base_weight: Callable[[str], jax.Array] | None
+    tensors: Tensors, sites: Mapping[str, SiteInfo], base_weight: Callable[[str], jax.Array | np.ndarray] | None
 ) -> None:
     """Take the copy of the frozen head that peft writes beside a LoRA of it out of `tensors`, once it is the base's."""
     name = f"{PREFIX}lm_head.base_layer.weight"

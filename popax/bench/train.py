@@ -17,6 +17,7 @@ from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.loss import cross_entropy
 from popax.modeling.model import Model
+from popax.modeling.remat import Remat, check_remat
 from popax.population.optimizer import adamw
 from popax.population.state import PopulationState, hparams, init_population
 from popax.training.compiled import Programs, compile_programs
@@ -34,12 +35,13 @@ class BenchTrainConfig:
     seq_len: int = 256
     repeats: int = 5
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
-    remat: bool = False
+    remat: Remat = "none"
     seed: int = 0
 
     def __post_init__(self):
         if min(self.users, self.batch_size, self.seq_len, self.repeats) < 1:
             raise ConfigError(f"{self}: users, batch_size, seq_len and repeats are at least 1")
+        check_remat(self.remat, "BenchTrainConfig")
 
 
 class CompileCounter:
@@ -77,7 +79,7 @@ def random_batch(config: BenchTrainConfig, vocab_size: int, users: int) -> Batch
     return Batch(*jax.device_put(leaves))
 
 
-def base_only(model: Model, *, remat: bool = False) -> Callable[[Params, jax.Array, Batch], jax.Array]:
+def base_only(model: Model, *, remat: Remat = "none") -> Callable[[Params, jax.Array, Batch], jax.Array]:
     """The gradient of the base's loss with respect to its input embeddings: what any adapter training pays at least."""
 
     def gradient(params: Params, x_NxBxTxD: jax.Array, batch: Batch) -> jax.Array:

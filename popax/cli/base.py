@@ -25,8 +25,8 @@ def add_base(parser: argparse.ArgumentParser, what: str, *, serves: bool = True)
         )
 
 
-def open_base(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "Base":
-    """What the flags of `add_base` name."""
+def base_of(args: argparse.Namespace, mesh: "Mesh | None" = None) -> "Base":
+    """The base that the flags of `add_base` name."""
     from popax.errors import ConfigError
     from popax.modeling.base import load_base
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from popax.cli.base import add_base, open_base
+from popax.cli.base import add_base, base_of
 from popax.cli.gin_door import add_arguments, open_door
 from popax.cli.main import add_json
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     started, door = time.monotonic(), open_door(args)
     data, config, columns = door.build(PipelineConfig), door.build(EvalConfig), door.build(Columns)
-    base, tokenizer = open_base(args), load_tokenizer(args.tokenizer or args.base)
+    base, tokenizer = base_of(args), load_tokenizer(args.tokenizer or args.base)
     check_fits(base.model, tokenizer, data.seq_len)
     catalog = Catalog.open(args.catalog, read_only=True)
     everyone = Catalog.open(args.shared, read_only=True) if args.shared else None

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from popax.cli.base import add_base, open_base
+from popax.cli.base import add_base, base_of
 from popax.cli.main import add_json, write_output
 from popax.cli.processes import add_processes, open_mesh
 
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
         raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     rows = generate_text(
-        open_base(args, mesh),
+        base_of(args, mesh),
         load_tokenizer(args.tokenizer or args.base),
         Catalog.open(args.catalog, read_only=True) if args.catalog else None,
         users,

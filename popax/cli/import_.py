@@ -24,20 +24,19 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from popax.adapters.cohort import Cohort
     from popax.adapters.peft import load_peft
-    from popax.modeling.base import load_base
+    from popax.modeling.base import open_base
     from popax.store.catalog import Catalog
     from popax.store.layout import RowLayout
 
     # The base gives the sites, and the digest that the revision is bound to.
-    base = load_base(args.base)
-    model = base.model
+    base = open_base(args.base)
     config, adapter = load_peft(
         args.directory,
-        model.sites(),
+        base.model.sites(),
         dtype=args.dtype,
-        base_weight=lambda site: model.site_weight(base.params, site),
+        base_weight=base.site_weight,
     )
-    cohort = Cohort.of(config, model.sites())
+    cohort = Cohort.of(config, base.model.sites())
     catalog = Catalog.open(args.catalog, create=True)
     stored = catalog.cohort(config, cohort.specs, base.digest, RowLayout.of(adapter))
     provenance = {"imported": os.path.basename(os.path.abspath(args.directory))}

@@ -150,16 +150,18 @@ def _replicas(plans: dict[int, Any], one: Any, compile_step: Callable[..., Any])
         more.append(compiled)
         crossed += cross_population_bytes(planned, compiled)
         rows.append(row(planned, compiled) | {"replicas": times, "topology": planned.topology})
-    grown = growth(one, more)
+    grown, traffic = growth(one, more), growth(one, more, ("hbm_bytes",))
     independent = grown <= TOLERANCE and not crossed
     verdict = "independent" if independent else "NOT INDEPENDENT"
     print(
-        f"\nreplicas of the population: {verdict}; a chip's memory, FLOPs and traffic differ by {grown:.2%} at most, "
-        f"adapter bytes across the population axis: {crossed}"
+        f"\nreplicas of the population: {verdict}; a chip's memory, FLOPs and accessed bytes differ by {grown:.2%} at "
+        f"most, adapter bytes across the population axis: {crossed}; traffic of HBM, with what the compiler keeps in "
+        f"VMEM, by {traffic:.2%}"
     )
     return {
         "replicas": list(plans),
         "replicas_growth": grown,
+        "replicas_hbm_traffic_growth": traffic,
         "replicas_cross_population_adapter_bytes": crossed,
         "replicas_independent": independent,
     }, rows

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from popax.cli.base import add_base, open_base
+from popax.cli.base import add_base, base_of
 from popax.cli.eval import add_data, finish
 from popax.cli.gin_door import GinDoor, add_arguments
 from popax.cli.main import add_json
@@ -109,7 +109,7 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     out = Path(args.out)
     config, data, columns = door.build(TrainConfig), door.build(PipelineConfig), door.build(Columns)
     evaluation = door.build(EvalConfig)
-    base, tokenizer = open_base(args, mesh), load_tokenizer(args.tokenizer or args.base)
+    base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
     # What does not fit is refused before anything is read or written.
     check_fits(base.model, tokenizer, data.seq_len)
     Cohort.of(config.adapter, base.model.sites())

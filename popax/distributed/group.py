@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from popax import errors
 from popax.errors import PopaxError
@@ -26,6 +27,12 @@ class ProcessGroup:
     def current(cls) -> "ProcessGroup":
         """The processes that jax knows."""
         return cls(index=jax.process_index(), count=jax.process_count())
+
+    @classmethod
+    def of(cls, mesh: Mesh | None) -> "ProcessGroup":
+        """All processes where the mesh spans them; else this one alone, which then waits for nobody."""
+        spanned = mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+        return cls.current() if spanned else cls(index=0, count=1)
 
     @property
     def leads(self) -> bool:

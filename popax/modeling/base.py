@@ -5,11 +5,13 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
@@ -39,6 +41,17 @@ class Base:
     source: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """What is known of a base that is not loaded. site_weight(site): its weight there, as `Model.site_weight` has it,
+    read when it is asked for."""
+
+    model: Model
+    digest: str
+    source: str
+    site_weight: Callable[[str], jax.Array | np.ndarray]
+
+
 def new_base(model: Model, params: Params, *, source: str) -> Base:
     """A base of weights that were made here (trained, or random): its digest is of the parameters in memory."""
     return Base(model=model, params=params, digest=digest_params(params, model.config), source=source)
@@ -53,15 +66,18 @@ def load_base(
     keep_digest: bool = False,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    verify: bool = False,
 ) -> Base:
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
     quantise: as in ModelConfig; weights are rounded one after the other while they are read. The digest is then another
     one, since adapters learn what the base they see lacks; with keep_digest it stays, and adapters that were made for
-    the base before it was quantised are taken. mesh: where given, each device reads its own shard only.
-    Raises CheckpointError for a directory that is neither, or whose weights are damaged or do not fit; ConfigError for
-    a config that popax does not support, and for a base that is quantised already, in another way.
+    the base before it was quantised are taken. mesh: where given, each device reads its own shard only, and all
+    processes of the mesh load together. rules: the model's, by default popax.sharding's. verify: hash the files of a
+    Hugging Face directory even where their hashes are noted beside them. Raises CheckpointError for a directory that is
+    neither, or whose weights are damaged or do not fit; ConfigError for a config that popax does not support, and for a
+    base that is quantised already, in another way.
     """
     directory, chosen = Path(path), as_rules(quantise)
     if (directory / RECORD).is_file():
@@ -69,12 +85,41 @@ def load_base(
         return _load_saved(directory, **options, mesh=mesh, rules=rules)
     if (directory / hf.CONFIG).is_file():
         config = hf.read_config(directory, dtype=dtype, param_dtype=param_dtype)
-        model = Model(dataclasses.replace(config, quantise=chosen))
-        params, digest = hf.load_weights(directory, model, mesh=mesh, rules=rules)
+        model = Model(dataclasses.replace(config, quantise=chosen), rules or ShardingRules())
+        params, digest = hf.open_weights(directory, model).load(mesh=mesh, verify=verify)
         named = digest if chosen is None or keep_digest else digest_quantised(digest, chosen)
         return Base(model=model, params=params, digest=named, source=str(path))
+    raise _no_base(directory)
+
+
+def open_base(path: str | os.PathLike[str]) -> BaseInfo:
+    """The base in a directory, whose weights are not loaded: of a Hugging Face directory they are hashed at most.
+
+    Raises what `load_base` raises.
+    """
+    directory = Path(path)
+    if (directory / RECORD).is_file():
+        record = _read_record(directory / RECORD)
+        model = Model(ModelConfig.from_dict(record["config"]))
+
+        def restored(site: str) -> jax.Array:
+            return model.site_weight(load_base(path).params, site)
+
+        return BaseInfo(model=model, digest=record["digest"], source=record["source"], site_weight=restored)
+    if (directory / hf.CONFIG).is_file():
+        model = Model(hf.read_config(directory))
+        weights = hf.open_weights(directory, model)
+
+        def read(site: str) -> np.ndarray:
+            return weights.read(model.weight_name(site))
+
+        return BaseInfo(model=model, digest=weights.digest(), source=str(path), site_weight=read)
+    raise _no_base(directory)
+
+
+def _no_base(directory: Path) -> CheckpointError:
     state = "holds neither" if directory.is_dir() else "is not a directory with"
-    raise CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
+    return CheckpointError(f"{directory} {state} {hf.CONFIG} (Hugging Face) nor {RECORD} (popax): no base to load")
 
 
 def save_base(path: str | os.PathLike[str], base: Base) -> None:
@@ -117,22 +162,22 @@ def _load_saved(
     stored = ModelConfig.from_dict(record["config"])
     # As with a Hugging Face directory, the compute type follows a param_dtype that is asked for.
     chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
-    model = Model(dataclasses.replace(stored, **chosen))
+    model = Model(dataclasses.replace(stored, **chosen), rules or ShardingRules())
     rounding = quantise is not None and quantise != stored.quantise
     if rounding and stored.quantise is not None:
         raise ConfigError(
             f"{directory} is quantised already, by {stored.quantise}, and is not rounded again to {quantise}: load the "
             "base that it was made from"
         )
-    target = _placed(model, mesh, rules)
+    target = _placed(model, mesh)
     try:
         weights = directory.absolute() / WEIGHTS
         with ocp.StandardCheckpointer() as checkpointer:
             _check_stored(checkpointer.metadata(weights).item_metadata, target, weights)
             params = {} if rounding else checkpointer.restore(weights, target)
         if rounding:
-            model = Model(dataclasses.replace(model.config, quantise=quantise))
-            params = _restore_rounded(weights, target, model, _placed(model, mesh, rules))
+            model = dataclasses.replace(model, config=dataclasses.replace(model.config, quantise=quantise))
+            params = _restore_rounded(weights, target, model, _placed(model, mesh))
     except PopaxError:
         raise
     except Exception as error:  # Orbax passes a damaged array on as a plain Exception, with pages of specification
@@ -144,11 +189,11 @@ def _load_saved(
     return Base(model=model, params=params, digest=digest, source=record["source"])
 
 
-def _placed(model: Model, mesh: Mesh | None, rules: ShardingRules | None) -> Params:
+def _placed(model: Model, mesh: Mesh | None) -> Params:
     """`Model.abstract` with shardings. Always said: left out, Orbax looks for the devices that saved the weights."""
     alone = SingleDeviceSharding(jnp.zeros(()).device)
     target = model.abstract()
-    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh, rules)
+    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh)
     return jax.tree.map(_with_sharding, target, shardings)
 
 

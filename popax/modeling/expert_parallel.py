@@ -70,14 +70,14 @@ def _check_groups(weight: Quantised, axes: tuple[str, ...]) -> None:
         )
 
 
-def spread() -> Spread | None:
+def spread(rules: ShardingRules) -> Spread | None:
     """How the ambient mesh spreads experts; None where there is one device, or its axes are handled by a caller."""
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual]
     wide = [name for name in free if mesh.shape[name] > 1]
     if not wide:
         return None
-    by_axis = [(axes,) if isinstance(axes, str) else (axes or ()) for axes in ShardingRules().spec(WEIGHT_AXES, mesh)]
+    by_axis = [(axes,) if isinstance(axes, str) else (axes or ()) for axes in rules.spec(WEIGHT_AXES, mesh)]
     expert, embed, ffw = (tuple(name for name in axes if name in wide) for axes in by_axis)
     outer = tuple(name for name in wide if name not in (*expert, *ffw))
     devices = 1
@@ -86,9 +86,11 @@ def spread() -> Spread | None:
     return Spread(frozenset(free), outer, expert, embed, ffw, devices)
 
 
-def forward(x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """`experts_forward` on the ambient mesh."""
-    mesh = spread()
+def forward(
+    x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weights: ExpertWeights, rules: ShardingRules
+) -> jax.Array:
+    """`experts_forward` on the ambient mesh, whose devices have the weights as the rules say."""
+    mesh = spread(rules)
     if mesh is None:
         return experts_forward(x_MxD, expert_MxK, weight_MxK, weights)
 
@@ -109,11 +111,12 @@ def backward(
     weight_MxK: jax.Array,
     weights: ExpertWeights,
     dy_MxD: jax.Array,
+    rules: ShardingRules,
     *,
     trained: bool,
 ) -> tuple[jax.Array, jax.Array, ExpertWeights | None]:
     """`experts_backward` on the ambient mesh."""
-    mesh = spread()
+    mesh = spread(rules)
     if mesh is None:
         return experts_backward(x_MxD, expert_MxK, weight_MxK, weights, dy_MxD, trained=trained)
 

@@ -1,30 +1,23 @@
-"""Weights of a Hugging Face directory, streamed: each device's shard is read from the files by itself."""
+"""Weights of a Hugging Face directory: its config, its names, and whether its tensors are those of the model."""
 
-import functools
-import itertools
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from popax.errors import CheckpointError, ConfigError
 from popax.modeling.block_scaled import DTYPE as FP8
 from popax.modeling.block_scaled import SUFFIX, BlockScaled
 from popax.modeling.config import ModelConfig
-from popax.modeling.digest import TensorRecord, digest_records
 from popax.modeling.hf_config import model_config
 from popax.modeling.model import Model
-from popax.modeling.quantised import SCALES, VALUES
-from popax.modeling.rounded import RoundedReader
+from popax.modeling.rounded import rounded_sources
+from popax.modeling.shards import Source
+from popax.modeling.stored_weights import StoredWeights
 from popax.modeling.tensor_files import StoredTensor, open_tensors
-from popax.sharding import ShardingRules
-from popax.trees import flatten_named, unflatten_named
-from popax.types import Params
+from popax.trees import flatten_named
 
 CONFIG = "config.json"
 # Ours -> Hugging Face's, where they differ; the router and the experts are parts of what is called mlp there.
@@ -45,8 +38,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DERIVED = "rotary_emb.inv_freq"
 # Layers behind the last one that predict further tokens in training; they are no part of the model's function.
 PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")  # as published, and as transformers 5 writes it
-# Copying a transposed matrix in strips is 2 to 3 times faster: a strip's cache lines are still there for the next row.
-STRIP = 256
 
 
 def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
@@ -66,30 +57,16 @@ def _read_record(directory: Path) -> dict[str, Any]:
     return record
 
 
-def load_weights(
-    directory: Path, model: Model, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
-) -> tuple[Params, str]:
-    """(params as model.config.param_dtype, or quantised as it says; digest of the tensors as stored).
+def open_weights(directory: Path, model: Model) -> StoredWeights:
+    """The weights in a directory's files, whose headers are read and data is not; quantised as the model is.
 
-    Host memory holds one shard of one parameter at a time; of one that is quantised, the rounded shard and one matrix.
-    Raises CheckpointError, naming every tensor that is missing, of a wrong shape, not finite, or not the model's.
+    Raises CheckpointError, naming every tensor that is missing, of a wrong shape, or not the model's.
     """
-    tensors, plain = open_tensors(directory), model.unquantised
-    sources = _match(plain, tensors, directory)
-    digest = _digest(directory, plain.config, tensors, sources)
-    stored, abstract = flatten_named(plain.abstract()), flatten_named(model.abstract())
-    shardings = flatten_named(model.shardings(mesh, rules)) if mesh is not None else {}
-    params = {}
-    for name, source in sources.items():
-        shape, dtype = stored[name].shape, np.dtype(stored[name].dtype)
-        if name in abstract:
-            params[name] = _place(functools.partial(read_shard, source, shape, dtype), shape, shardings.get(name))
-            continue
-        wide = functools.partial(read_shard, source, shape, np.dtype(np.float32))
-        rounded = RoundedReader(name=name, shape=shape, rule=model.quantise_rule(name), read=wide)
-        for part, read in ((name + VALUES, rounded.values), (name + SCALES, rounded.scales)):
-            params[part] = _place(read, abstract[part].shape, shardings.get(part))
-    return unflatten_named(params), digest
+    tensors = open_tensors(directory)
+    sources = rounded_sources(model, _match(model.unquantised, tensors, directory))
+    tied = model.config.tied_embeddings and {EMBEDDING, HEAD} <= set(tensors)
+    equal = (tensors[HEAD], tensors[EMBEDDING]) if tied else None
+    return StoredWeights(directory=directory, model=model, sources=sources, equal=equal)
 
 
 def hf_name(name: str, layer: int | None = None, expert: int | None = None) -> str:
@@ -103,17 +80,6 @@ def hf_name(name: str, layer: int | None = None, expert: int | None = None) -> s
     _, *module, leaf = name.split("/")
     path = ".".join(f"experts.{expert}" if word == "experts" else WORDS.get(word, word) for word in module)
     return f"model.layers.{layer}.{path}.{LEAVES.get(leaf, 'weight')}"
-
-
-class Source(NamedTuple):
-    """Where a parameter comes from: a tensor for each index of its first axes (layers, experts), in their order.
-
-    stacked: how many these axes are. transposed: the others are stored as [d_out, d_in].
-    """
-
-    tensors: list[StoredTensor | BlockScaled]
-    stacked: int
-    transposed: bool
 
 
 def _match(model: Model, tensors: Mapping[str, StoredTensor], directory: Path) -> dict[str, Source]:
@@ -160,57 +126,3 @@ def _match(model: Model, tensors: Mapping[str, StoredTensor], directory: Path) -
 def _some(what: str, names: list[str], shown: int = 5) -> str:
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{what}: {', '.join(names[:shown])}{rest}" if names else ""
-
-
-def _digest(
-    directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], sources: Mapping[str, Source]
-) -> str:
-    stored = [part for source in sources.values() for tensor in source.tensors for part in tensor.stored]
-    with ThreadPoolExecutor() as pool:  # reading and hashing both let other threads run
-        hashes = dict(zip([tensor.name for tensor in stored], pool.map(StoredTensor.sha256, stored), strict=True))
-    if config.tied_embeddings and {EMBEDDING, HEAD} <= set(tensors) and tensors[HEAD].sha256() != hashes[EMBEDDING]:
-        raise CheckpointError(
-            f"{directory}: {CONFIG} says tie_word_embeddings, but {HEAD} and {EMBEDDING} differ; "
-            "set tie_word_embeddings to false, or remove the one that is not meant"
-        )
-    return digest_records((TensorRecord(t.name, t.dtype, t.shape, hashes[t.name]) for t in stored), config)
-
-
-def _place(
-    read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None
-) -> jax.Array:
-    """The parameter on its devices. One shard's buffer exists at a time: it is dropped once it is on the device.
-
-    read(index): this part of the parameter.
-    """
-    whole = (slice(None),) * len(shape)
-    if sharding is None:
-        return jax.block_until_ready(jax.device_put(read(whole)))
-    shards = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        buffer = read(index or whole)
-        shards.append(jax.block_until_ready(jax.device_put(buffer, device)))
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-
-def read_shard(source: Source, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    """params[index] of one parameter of this shape, in this dtype: kernels turned to [d_in, d_out], layers stacked.
-
-    Only the tensors of the layers and experts in the index are opened.
-    """
-    bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-    buffer = np.empty([len(part) for part in bounds], dtype)
-    inner = tuple(slice(part.start, part.stop) for part in bounds[source.stacked :])
-    numbers = np.arange(len(source.tensors)).reshape(shape[: source.stacked])
-    for at, position in enumerate(itertools.product(*bounds[: source.stacked])):
-        tensor, target = source.tensors[int(numbers[position])], buffer.reshape(-1, *buffer.shape[source.stacked :])[at]
-        if source.transposed:
-            _copy_transposed(target, tensor.read(inner[::-1]))
-        else:
-            target[...] = tensor.read(inner)
-    return buffer
-
-
-def _copy_transposed(target: np.ndarray, stored: np.ndarray) -> None:
-    for start in range(0, stored.shape[0], STRIP):
-        target[:, start : start + STRIP] = stored[start : start + STRIP].T

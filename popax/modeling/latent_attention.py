@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from popax.modeling.attention import causal_attention, dot_product_attention, split_heads
+from popax.modeling.attention import dot_product_attention, packed_attention, split_heads
 from popax.modeling.block_config import MLAConfig
 from popax.modeling.cache import LayerCache
 from popax.modeling.config import ModelConfig, YarnRope
+from popax.modeling.context_parallel import whole_rows
 from popax.modeling.layers import Linear, RMSNorm, project
 from popax.modeling.rope import rotate, yarn_scale
+from popax.sharding import ShardingRules
 from popax.types import SiteFn
 
 Rope = tuple[jax.Array, jax.Array]
@@ -64,16 +66,24 @@ class LatentAttention(nnx.Module):
         self.o_proj = Linear(f"{name}.o_proj", shape, ("heads", "embed"), bias=bias, std=out_std, **options)
 
     def __call__(
-        self, x_BxTxD: jax.Array, rope: Rope, mask_BxTxS: jax.Array, site_fn: SiteFn, cache: LayerCache | None
+        self,
+        x_BxTxD: jax.Array,
+        rope: Rope,
+        mask_BxTxS: jax.Array,
+        site_fn: SiteFn,
+        cache: LayerCache | None,
+        rules: ShardingRules,
     ) -> tuple[jax.Array, LayerCache | None]:
         """(output [B, T, D], the cache with this layer's latents written)."""
         q_BxTxHxd, latent_BxTxc = self._queries_and_latents(x_BxTxD, rope, site_fn)
         if cache is None:
-            keys_values = self._expanded(latent_BxTxc, site_fn)
-            out = causal_attention(q_BxTxHxd, *keys_values, mask_BxTxS, scale=softmax_scale(self.config))
+            k_BxTxHxd, v_BxTxHxv = self._expanded(latent_BxTxc, site_fn)
+            scale = softmax_scale(self.config)
+            out = packed_attention(q_BxTxHxd, k_BxTxHxd, v_BxTxHxv, mask_BxTxS, rules, scale=scale)
         else:
             cache = cache.write(latent_BxTxc)
             (latent_BxSxc,) = cache.read(x_BxTxD.dtype)
+            latent_BxSxc = whole_rows(latent_BxSxc, x_BxTxD.shape[1], rules)
             out = self._attend_cache(q_BxTxHxd, latent_BxSxc, mask_BxTxS, site_fn)
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from popax.modeling.quantise_rules import QuantiseRules
 from popax.modeling.quantised import contract, dense, make_kernel, read_kernel
+from popax.modeling.remat import named_projection
 from popax.types import SiteFn
 
 
@@ -54,7 +55,7 @@ class Linear(nnx.Module):
 def project(x: jax.Array, site_fn: SiteFn, *linears: Linear) -> tuple[jax.Array, ...]:
     """What each linear and its site's adapter make of the x that they share."""
     ys = site_fn(x, {linear.site: linear.product(x) for linear in linears})
-    return tuple(ys[linear.site] for linear in linears)
+    return tuple(named_projection(ys[linear.site], linear.site) for linear in linears)
 
 
 class RMSNorm(nnx.Module):

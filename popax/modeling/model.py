@@ -14,16 +14,8 @@ from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
 from popax.modeling.quantise_rules import QuantiseRule
-from popax.modeling.quantised import (
-    SCALES,
-    VALUES,
-    Quantised,
-    dense,
-    kernel_name,
-    quantisable,
-    stored_weight,
-    weight_name,
-)
+from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, dotted, kernel_name, quantisable, stored_weight
+from popax.modeling.remat import Remat
 from popax.modeling.rope import cos_sin
 from popax.modeling.stacks import Stack, stack_sites, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
@@ -39,21 +31,23 @@ class ForwardOptions(TypedDict, total=False):
     segments_BxT: jax.Array | None
     cache: Cache | None
     adapt: Adapt
-    remat: bool
+    remat: Remat
     embedded_BxTxD: jax.Array | None
     routes_BxTxLxK: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder without its weights. Two models of equal config are equal.
+    """A decoder without its weights. Two models of equal config and rules are equal.
 
+    rules: how an ambient mesh (`jax.set_mesh`) is used, and by default where params lie on a mesh.
     params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}, and "dense_layers" where there
     are such before the first mixture of experts; kernels are [d_in, d_out], and everything in a stack of layers has the
     layer axis first. A quantised kernel is {"values", "scales"} in the place of its array.
     """
 
     config: ModelConfig
+    rules: ShardingRules = ShardingRules()  # noqa: RUF009 - frozen
 
     @functools.cached_property
     def _graphs(self) -> tuple[dict[str, nnx.GraphDef], nnx.GraphDef, dict[str, nnx.Variable]]:
@@ -109,7 +103,7 @@ class Model:
 
     def shardings(self, mesh: Mesh, rules: ShardingRules | None = None) -> Params:
         """Where params lie on the mesh: a NamedSharding for each leaf. Raises ConfigError where one does not divide."""
-        rules, shapes = rules or ShardingRules(), flatten_named(self.abstract())
+        rules, shapes = rules or self.rules, flatten_named(self.abstract())
         named = {name: rules.sharding(axes, mesh) for name, axes in flatten_named(self.axes()).items()}
         for name, sharding in named.items():
             try:
@@ -124,11 +118,11 @@ class Model:
     @property
     def unquantised(self) -> "Model":
         """The model with all weights as arrays of param_dtype."""
-        return Model(dataclasses.replace(self.config, quantise=None))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, quantise=None))
 
     def quantise_rule(self, kernel: str) -> QuantiseRule:
         """The rule of a kernel's parameters (layers/attn/q_proj/kernel), which has one."""
-        rule = None if self.config.quantise is None else self.config.quantise.rule(weight_name(kernel))
+        rule = None if self.config.quantise is None else self.config.quantise.rule(dotted(kernel))
         assert rule is not None, kernel
         return rule
 
@@ -165,27 +159,27 @@ class Model:
 
         In param_dtype; of a quantised weight, what its values and factors stand for.
         """
-        self._check_site(site)
-        return dense(stored_weight(flatten_named(params), kernel_name(site)), self.config.param_dtype)
+        return dense(stored_weight(flatten_named(params), self.weight_name(site)), self.config.param_dtype)
+
+    def weight_name(self, site: str) -> str:
+        """The name in params of the weight at a site. Raises SiteError where there is no such site."""
+        sites = self.sites()
+        if site not in sites:
+            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+        return kernel_name(site)
 
     def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:
         """params with another weight at a site, of the same shape; the other leaves are shared.
 
         Raises SiteError where the site's weight is quantised: rounding what is added to it would lose the most of it.
         """
-        self._check_site(site)
-        flat = flatten_named(params)
-        old = stored_weight(flat, kernel_name(site))
+        flat, name = flatten_named(params), self.weight_name(site)
+        old = stored_weight(flat, name)
         if isinstance(old, Quantised):
             raise SiteError(f"the weight at {site} is quantised, and takes no other: load the base without quantise")
         if weight.shape != old.shape:
             raise SiteError(f"the weight at {site} has shape {old.shape}; it cannot become {weight.shape}")
-        return unflatten_named({**flat, kernel_name(site): weight.astype(old.dtype)})
-
-    def _check_site(self, site: str) -> None:
-        sites = self.sites()
-        if site not in sites:
-            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+        return unflatten_named({**flat, name: weight.astype(old.dtype)})
 
     def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the embedding table, [B, T, D] in the compute dtype."""
@@ -211,7 +205,7 @@ class Model:
         segments_BxT: jax.Array | None = None,
         cache: Cache | None = None,
         adapt: Adapt = NO_ADAPT,
-        remat: bool = False,
+        remat: Remat = "none",
         embedded_BxTxD: jax.Array | None = None,
         routes_BxTxLxK: jax.Array | None = None,
         record_routes: bool = False,
@@ -220,12 +214,14 @@ class Model:
 
         positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
         segment only, and 0 is padding. With a cache a token is written at its position and sees positions 0..its own;
-        a token at -1, or past the cache's end, is not written. remat: recompute each layer in the backward pass
-        instead of keeping its activations. embedded_BxTxD: used in place of the tokens' embeddings, for gradients with
-        respect to them. routes_BxTxLxK: the experts of each token in each mixture, in place of the routers' choice,
-        except where NOT_RECORDED; their weights stay the routers' own, with their gradients. record_routes: return the
-        experts that the tokens went to, int16 [B, T, L, K], else None; a model without mixtures has none either.
-        Raises ConfigError for segments together with a cache, and for routes of another shape than `routes_shape`.
+        a token at -1, or past the cache's end, is not written. remat: what the backward pass computes
+        again instead of keeping it (popax.modeling.remat). embedded_BxTxD: used in place of the tokens' embeddings, for
+        gradients with respect to them. routes_BxTxLxK: the experts of each token in each mixture, in place of the
+        routers' choice, except where NOT_RECORDED; their weights stay the routers' own, with their gradients.
+        record_routes: return the experts that the tokens went to, int16 [B, T, L, K], else None; a model without
+        mixtures has none either. On an ambient mesh whose axes the rule "sequence" names, rows are cut along their
+        tokens. Raises ConfigError for segments together with a cache, for routes of another shape than `routes_shape`,
+        and for a number of tokens that such a mesh does not divide.
         """
         batch, length = tokens_BxT.shape
         if cache is not None and segments_BxT is not None:
@@ -244,7 +240,7 @@ class Model:
             mask_BxTxS = packed_mask(segments_BxT if given else (positions_BxT >= 0).astype(jnp.int32))
         rope = cos_sin(self.config, positions_BxT)
         x_BxTxD = self.embed(params, tokens_BxT) if embedded_BxTxD is None else embedded_BxTxD
-        context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT)
+        context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT, rules=self.rules)
         routes_LxBxTxK = None if routes_BxTxLxK is None else jnp.moveaxis(routes_BxTxLxK, 2, 0)
         taken_LxBxTxK = None
         for name, stack in self.stacks.items():
@@ -273,7 +269,7 @@ class Model:
         frozen: the head is not trained, so its logits need not exist; NotImplementedError where a gradient with respect
         to it is asked for nevertheless. A head that an adapter acts on is each user's own, and has its logits.
         """
-        return self._ends(params).target_nats(x, targets, adapt.outer, frozen=frozen)
+        return self._ends(params).target_nats(x, targets, adapt.outer, self.rules, frozen=frozen)
 
     def __call__(self, params: Params, tokens_BxT: jax.Array, **options: Unpack[ForwardOptions]) -> jax.Array:
         """float32 logits [B, T, V]; the arguments are those of `forward`."""

@@ -13,6 +13,7 @@ from popax.modeling.quantise_rules import QuantiseRules
 from popax.modeling.quantised import make_kernel, read_kernel
 from popax.modeling.routed import routed_experts
 from popax.modeling.router import Router
+from popax.sharding import ShardingRules
 from popax.types import SiteFn
 
 
@@ -64,16 +65,18 @@ class MoE(nnx.Module):
         self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
 
     def __call__(
-        self, x_BxTxD: jax.Array, site_fn: SiteFn, routes_BxTxK: jax.Array | None = None
+        self, x_BxTxD: jax.Array, site_fn: SiteFn, rules: ShardingRules, routes_BxTxK: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """(y, the experts that each token went to: int32 [B, T, K]). routes_BxTxK: as in `Router.choose`."""
+        """(y, the experts that each token went to: int32 [B, T, K]). rules: as in Model. routes_BxTxK: as in
+        `Router.choose`."""
         shared = () if self.shared is None else self.shared.inner
         logits_BxTxE, *inner_BxTxF = project(x_BxTxD, site_fn, self.router, *shared)
         recorded_MxK = None if routes_BxTxK is None else routes_BxTxK.reshape(-1, routes_BxTxK.shape[-1])
         expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]), recorded_MxK)
         taken_BxTxK = expert_MxK.reshape(*x_BxTxD.shape[:-1], -1)
         x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        y_BxTxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights).reshape(x_BxTxD.shape)
+        y_MxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights, rules)
+        y_BxTxD = y_MxD.reshape(x_BxTxD.shape)
         if self.shared is None:
             return y_BxTxD, taken_BxTxK
         gate_BxTxF, up_BxTxF = inner_BxTxF

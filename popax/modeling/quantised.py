@@ -136,7 +136,7 @@ def kernel_name(weight: str) -> str:
     return weight.replace(".", "/") + KERNEL
 
 
-def weight_name(kernel: str) -> str:
+def dotted(kernel: str) -> str:
     """The inverse of `kernel_name`."""
     return kernel.removesuffix(KERNEL).replace("/", ".")
 
@@ -144,7 +144,7 @@ def weight_name(kernel: str) -> str:
 def quantisable(names: Iterable[str]) -> list[str]:
     """The weights, by the names that rules match, among these names of parameters."""
     kernels = (name.removesuffix(VALUES) for name in names)
-    return [weight_name(name) for name in kernels if name.endswith(KERNEL) and not name.endswith("/router" + KERNEL)]
+    return [dotted(name) for name in kernels if name.endswith(KERNEL) and not name.endswith("/router" + KERNEL)]
 
 
 def stored_weight(flat: Mapping[str, Any], kernel: str) -> Weight:

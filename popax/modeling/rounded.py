@@ -1,56 +1,81 @@
-"""A stored weight read in fewer bits: one matrix at a time is in memory as it was stored."""
+"""Weights in fewer bits, made from stored tensors strip by strip while they are read."""
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 
 import numpy as np
 
 from popax.errors import CheckpointError
+from popax.modeling.model import Model
 from popax.modeling.quantise_rules import QuantiseRule
-from popax.modeling.quantised import round_weight, weight_scales
+from popax.modeling.quantised import SCALES, VALUES, Quantised, round_weight
+from popax.modeling.shards import Slices, Source
+from popax.modeling.tensor_files import StoredTensor
+from popax.trees import flatten_named
 
-Index = tuple[slice, ...]
+# Rows of a tensor that are in memory in full at a time, where few numbers are made of many.
+STRIP_ROWS = 256
+
+
+def rounded_sources(model: Model, sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The sources of the model's parameters from those of the unquantised model's."""
+    kept, abstract = {}, flatten_named(model.abstract())
+    for name, source in sources.items():
+        if name in abstract:
+            kept[name] = source
+            continue
+        rule = model.quantise_rule(name)
+        for part, made in ((VALUES, RoundedValues), (SCALES, RoundedScales)):
+            kept[name + part] = source._replace(tensors=[made(tensor=t, rule=rule) for t in source.tensors])
+    return kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundedReader:
-    """A weight of this shape [..., d_in, d_out] and name. read(index): a part of it, float32."""
+class RoundedValues:
+    """The values of a tensor stored as [d_out, d_in]. A factor is of all input features, so all of a row are read."""
 
-    name: str
-    shape: tuple[int, ...]
+    tensor: Slices
     rule: QuantiseRule
-    read: Callable[[Index], np.ndarray]
 
-    def values(self, index: Index) -> np.ndarray:
-        """values[index] of the quantised weight. Raises CheckpointError where the weight is not finite."""
-        rounded = (round_weight(matrix, self.rule, np).values[index[-2]] for matrix in self._matrices(index))
-        return self._stacked(rounded, index)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
-    def scales(self, index: Index) -> np.ndarray:
-        """scales[index] of it."""
-        return self._stacked((weight_scales(m, self.rule, np)[index[-2]] for m in self._matrices(index)), index)
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        return self.tensor.stored
 
-    def _matrices(self, index: Index) -> Iterator[np.ndarray]:
-        """[d_in, columns] of each layer and expert of the index: a factor is of all input features, so all are read."""
-        for at in itertools.product(*self._lead(index)):
-            one = tuple(slice(number, number + 1) for number in at)
-            matrix = self.read((*one, slice(None), index[-1]))
-            if not np.isfinite(matrix).all():
-                raise CheckpointError(
-                    f"{self.name}{list(at)} holds numbers that are not finite, and cannot be quantised: download it "
-                    "again, or keep it as stored by a rule"
-                )
-            yield matrix.reshape(matrix.shape[len(at) :])
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        return _rounded(self.tensor, self.rule, index[0]).values.T[:, index[1]]
 
-    def _stacked(self, matrices: Iterator[np.ndarray], index: Index) -> np.ndarray:
-        lead = [len(numbers) for numbers in self._lead(index)]
-        first = next(matrices)
-        stacked = np.empty((math.prod(lead), *first.shape), first.dtype)
-        for at, matrix in enumerate(itertools.chain((first,), matrices)):
-            stacked[at] = matrix
-        return stacked.reshape(*lead, *first.shape)
 
-    def _lead(self, index: Index) -> list[range]:
-        return [range(*part.indices(size)) for part, size in zip(index[:-2], self.shape[:-2], strict=True)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundedScales:
+    """The factors beside these values, [d_out, groups]. What is stored counts as the values' own."""
+
+    tensor: Slices
+    rule: QuantiseRule
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape[0], self.rule.groups(self.tensor.shape[1])
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        return ()
+
+    def read(self, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(self.shape[0])
+        strips = (slice(at, min(at + STRIP_ROWS, stop)) for at in range(start, stop, STRIP_ROWS))
+        return np.concatenate([_rounded(self.tensor, self.rule, strip).scales.T[:, index[1]] for strip in strips])
+
+
+def _rounded(tensor: Slices, rule: QuantiseRule, rows: slice) -> Quantised:
+    """Of these output channels, [d_in, rows]. Raises CheckpointError where the tensor is not finite there."""
+    matrix = np.asarray(tensor.read((rows, slice(None))), np.float32).T
+    if not np.isfinite(matrix).all():
+        raise CheckpointError(
+            f"{tensor.stored[0].name} in {tensor.stored[0].file} holds numbers that are not finite, and cannot be "
+            "quantised: download it again, or keep it as stored by a rule"
+        )
+    return round_weight(matrix, rule, np)

@@ -15,12 +15,24 @@ from jax.custom_derivatives import SymbolicZero
 
 from popax.modeling import expert_parallel
 from popax.modeling.experts import ExpertWeights
+from popax.sharding import ShardingRules
 
 
-@jax.custom_vjp
-def routed_experts(x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weights: ExpertWeights) -> jax.Array:
-    """y[m] = sum_k weight[m, k] mlp_{expert[m, k]}(x[m]), [M, D] in x's dtype; on the ambient mesh."""
-    return _forward(weights, x_MxD, expert_MxK, weight_MxK)
+def routed_experts(
+    x_MxD: jax.Array,
+    expert_MxK: jax.Array,
+    weight_MxK: jax.Array,
+    weights: ExpertWeights,
+    rules: ShardingRules = ShardingRules(),  # noqa: B008 - frozen
+) -> jax.Array:
+    """y[m] = sum_k weight[m, k] mlp_{expert[m, k]}(x[m]), [M, D] in x's dtype; on the ambient mesh, whose devices have
+    the weights as the rules say."""
+    return _routed_experts(x_MxD, expert_MxK, weight_MxK, weights, rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _routed_experts(x_MxD, expert_MxK, weight_MxK, weights: ExpertWeights, rules: ShardingRules) -> jax.Array:
+    return _forward(rules)(weights, x_MxD, expert_MxK, weight_MxK)
 
 
 def _over_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,41 +81,45 @@ def _one_by_one(function: Callable[..., Any], axis_size: int, in_batched: Any, o
     return jax.lax.map(one, jnp.arange(axis_size, dtype=jnp.int32))
 
 
-@_over_tokens
-def _forward(weights: ExpertWeights, x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array) -> jax.Array:
-    return expert_parallel.forward(x_MxD, expert_MxK, weight_MxK, weights)
+@functools.cache
+def _forward(rules: ShardingRules) -> Callable[..., Any]:
+    def forward(weights: ExpertWeights, x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array) -> jax.Array:
+        return expert_parallel.forward(x_MxD, expert_MxK, weight_MxK, weights, rules)
+
+    return _over_tokens(forward)
 
 
-def _gradients(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD, *, trained: bool):
-    dx, dweight, dweights = expert_parallel.backward(x_MxD, expert_MxK, weight_MxK, weights, dy_MxD, trained=trained)
-    return (dx, dweight, dweights) if trained else (dx, dweight)
+@functools.cache
+def _backward(rules: ShardingRules, *, trained: bool) -> Callable[..., Any]:
+    def gradients(weights, x, expert, weight, dy):
+        dx, dweight, dweights = expert_parallel.backward(x, expert, weight, weights, dy, rules, trained=trained)
+        return (dx, dweight, dweights) if trained else (dx, dweight)
+
+    return _each_alone(gradients) if trained else _over_tokens(gradients)
 
 
-_backward_frozen = _over_tokens(functools.partial(_gradients, trained=False))
-_backward_trained = _each_alone(functools.partial(_gradients, trained=True))
-
-
-def _keep(x_MxD, expert_MxK, weight_MxK, weights):
+def _keep(x_MxD, expert_MxK, weight_MxK, weights, rules):
     values = jax.tree.map(lambda primal: primal.value, (x_MxD, expert_MxK, weight_MxK, weights), is_leaf=_is_primal)
     x, expert, weight, kernels = values
     trained = any(leaf.perturbed for leaf in jax.tree.leaves(weights, is_leaf=_is_primal))
     # What is static has to be in the structure of the residuals: an empty tuple or None.
-    return _forward(kernels, x, expert, weight), (values, () if trained else None)
+    return _forward(rules)(kernels, x, expert, weight), (values, () if trained else None)
 
 
 def _is_primal(leaf: Any) -> bool:
     return hasattr(leaf, "perturbed")
 
 
-def _pull(residuals, dy_MxD):
+def _pull(rules, residuals, dy_MxD):
     (x_MxD, expert_MxK, weight_MxK, weights), trained = residuals
     if isinstance(dy_MxD, SymbolicZero):
         dy_MxD = jnp.zeros_like(x_MxD)  # y has x's shape and dtype
     if trained is None:
-        dx_MxD, dweight_MxK = _backward_frozen(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
+        dx_MxD, dweight_MxK = _backward(rules, trained=False)(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
         return dx_MxD, None, dweight_MxK, None
-    dx_MxD, dweight_MxK, dweights = _backward_trained(weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
+    operands = (x_MxD, expert_MxK, weight_MxK, dy_MxD)
+    dx_MxD, dweight_MxK, dweights = _backward(rules, trained=True)(weights, *operands)
     return dx_MxD, None, dweight_MxK, dweights
 
 
-routed_experts.defvjp(_keep, _pull, symbolic_zeros=True)
+_routed_experts.defvjp(_keep, _pull, symbolic_zeros=True)

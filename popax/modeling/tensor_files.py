@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,21 @@ class StoredTensor:
         return (self,)
 
     def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """A view of this slice of the file; only the pages that are then touched are read."""
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)[index]
+        """A view of this slice of the file, of which the rows are mapped for as long as the view is there."""
+        rows, *others = index
+        start, stop, _ = rows.indices(self.shape[0])
+        dtype, row = np.dtype(DTYPES[self.dtype]), self.shape[1:]
+        row_bytes = dtype.itemsize * math.prod(row)
+        offset = self.offset + start * row_bytes
+        page = offset % mmap.ALLOCATIONGRANULARITY
+        try:
+            with self.file.open("rb", buffering=0) as stream:
+                length = page + (stop - start) * row_bytes
+                mapped = mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=offset - page)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.file} changed while {self.name} was read ({error}); load it again") from error
+        mapped.madvise(mmap.MADV_WILLNEED)  # one large request, not one for each few pages that are touched
+        return np.frombuffer(mapped, dtype, offset=page).reshape(-1, *row)[(slice(None), *others)]
 
     def sha256(self) -> str:
         """Of the bytes as stored."""

@@ -10,11 +10,14 @@ from flax import nnx
 from popax.modeling.attention import Attention
 from popax.modeling.cache import Cache, LayerCache
 from popax.modeling.config import ModelConfig
+from popax.modeling.context_parallel import keep_cut
 from popax.modeling.latent_attention import LatentAttention
 from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.modeling.moe import MoE
+from popax.modeling.remat import Remat, rematerialised
 from popax.modeling.stacks import Stack
+from popax.sharding import ShardingRules
 from popax.types import ROUTE_DTYPE, SiteFn
 
 
@@ -44,19 +47,19 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BxTxD: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
-        mask_BxTxS: jax.Array,
+        context: "Context",
         site_fn: SiteFn,
         cache: LayerCache | None,
         routes_BxTxK: jax.Array | None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """(x, the cache, the experts of a mixture; None of a dense MLP)."""
-        attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), rope, mask_BxTxS, site_fn, cache)
+        rules, reads = context.rules, (context.rope, context.mask_BxTxS)
+        attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), *reads, site_fn, cache, rules)
         x_BxTxD = x_BxTxD + attended_BxTxD
         normed_BxTxD = self.mlp_norm(x_BxTxD)
         if not hasattr(self, "moe"):
             return x_BxTxD + self.mlp(normed_BxTxD, site_fn), cache, None
-        y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, routes_BxTxK)
+        y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, rules, routes_BxTxK)
         return x_BxTxD + y_BxTxD, cache, taken_BxTxK
 
 
@@ -79,11 +82,13 @@ class Ends(nnx.Module):
     def logits(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x, site_fn)
 
-    def target_nats(self, x: jax.Array, targets: jax.Array, site_fn: SiteFn, *, frozen: bool) -> jax.Array:
+    def target_nats(
+        self, x: jax.Array, targets: jax.Array, site_fn: SiteFn, rules: ShardingRules, *, frozen: bool
+    ) -> jax.Array:
         if frozen and self.lm_head is None:
-            return frozen_head_nats(x, targets, self.embed.embedding[...], vocab_first=True)
+            return frozen_head_nats(x, targets, self.embed.embedding[...], rules, vocab_first=True)
         if frozen and self.lm_head is not None and not site_fn.adapts(self.lm_head.site):
-            return frozen_head_nats(x, targets, self.lm_head.matrix(x.dtype), vocab_first=False)
+            return frozen_head_nats(x, targets, self.lm_head.matrix(x.dtype), rules, vocab_first=False)
         return cross_entropy(self.logits(x, site_fn), targets)
 
 
@@ -100,11 +105,13 @@ class Head(Linear):
 
 
 class Context(NamedTuple):
-    """What every layer reads besides its input: (cos, sin) of the positions, the mask, and the positions."""
+    """What every layer reads besides its input: (cos, sin) of the positions, the mask, the positions, and how the
+    ambient mesh is used."""
 
     rope: tuple[jax.Array, jax.Array]
     mask_BxTxS: jax.Array
     positions_BxT: jax.Array
+    rules: ShardingRules
 
 
 def scan_blocks(
@@ -118,7 +125,7 @@ def scan_blocks(
     routes_LxBxTxK: jax.Array | None = None,
     record: bool = False,
     first_layer: int = 0,
-    remat: bool,
+    remat: Remat,
 ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
     """The blocks of one stack, one after the other: layers and site_fns are pytrees of [L, ...] that the scan slices.
 
@@ -134,12 +141,12 @@ def scan_blocks(
         if cache is not None:
             view = LayerCache(cache=cache, layer=layer, positions_BxT=context.positions_BxT)
         block = nnx.merge(graphdef, params)
-        x_BxTxD, view, taken = block(x_BxTxD, context.rope, context.mask_BxTxS, site_fn, view, routes_BxTxK)
+        x_BxTxD = keep_cut(x_BxTxD, context.rules)
+        x_BxTxD, view, taken = block(x_BxTxD, context, site_fn, view, routes_BxTxK)
         taken = taken.astype(ROUTE_DTYPE) if record and taken is not None else None
         return (x_BxTxD, None if view is None else view.cache), taken
 
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = rematerialised(body, remat)
     numbers = jnp.arange(first_layer, first_layer + num_layers, dtype=jnp.int32)
     (x_BxTxD, cache), taken = jax.lax.scan(body, (x_BxTxD, cache), (layers, site_fns, numbers, routes_LxBxTxK))
     return x_BxTxD, cache, taken

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from popax.errors import ConfigError
 from popax.modeling.model import Model
+from popax.modeling.remat import Remat
 from popax.objectives.base import Objective, PolicySums
 from popax.types import NOT_RECORDED, Adapt, Params, Rollouts
 
 
 def policy(
-    model: Model, *, replay: bool = True, importance: bool = True, max_ratio: float = math.inf, remat: bool = False
+    model: Model, *, replay: bool = True, importance: bool = True, max_ratio: float = math.inf, remat: Remat = "none"
 ) -> Objective[Rollouts, PolicySums]:
     """loss = -sum_t w_t A_t min(r_t, max_ratio) log p(target_t) / sum_t w_t, r_t = p / p_serve(target_t) held constant.
 

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from popax.modeling.model import Model
+from popax.modeling.remat import Remat
 from popax.objectives.base import Objective, Sums
 from popax.types import Adapt, Batch, Params
 
 
-def sft(model: Model, *, remat: bool = False, frozen_base: bool = True) -> Objective[Batch, Sums]:
+def sft(model: Model, *, remat: Remat = "none", frozen_base: bool = True) -> Objective[Batch, Sums]:
     """loss = sum_t w_t (-log p(target_t)) / sum_t w_t; 0 for a batch without supervised targets (an empty slot).
 
     frozen_base: no gradient with respect to params, which lets the loss do without logits; False to train a base.

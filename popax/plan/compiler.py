@@ -40,6 +40,7 @@ class Compiled(NamedTuple):
     matmul_flops: int
     recomputed_flops: int
     hbm_bytes: int
+    accessed_bytes: int
     collectives: list[Collective]
     compile_s: float
     cpu_s: float
@@ -98,6 +99,7 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         matmul_flops=counted.matmul_flops,
         recomputed_flops=counted.recomputed_flops,
         hbm_bytes=counted.hbm_bytes,
+        accessed_bytes=counted.accessed_bytes,
         collectives=collectives(module, config.mesh_of(step).of_one(config.slices).sizes),
         compile_s=seconds,
         cpu_s=time.process_time(),
@@ -116,6 +118,7 @@ def _refused(step: StepName, started: float, arguments: dict[str, int], needed: 
         matmul_flops=0,
         recomputed_flops=0,
         hbm_bytes=0,
+        accessed_bytes=0,
         collectives=[],
         compile_s=time.monotonic() - started,
         cpu_s=time.process_time(),

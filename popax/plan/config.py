@@ -6,6 +6,7 @@ from typing import Literal
 
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
+from popax.modeling.remat import Remat, check_remat
 from popax.plan.topology import Topology, parse_topology
 from popax.population.optimizer import Optimizer, adamw
 from popax.sharding import DEFAULT_RULES, MeshAxes, ShardingRules
@@ -53,8 +54,9 @@ class PlanConfig:
     slices: so many slices, joined by the data-centre network (DCN), follow each other along the population axis.
     users_over: the mesh axes that spread the users. With fsdp among them a device gathers each layer's weights and
     computes its own users; without, devices that share users compute parts of each product. rows_over: the same for
-    the rows of a served batch. slots: adapters that are resident while serving. serving_mesh: where prefill and decode
-    use the devices in another shape. rules: (logical axis, mesh axes) pairs that replace popax.sharding's.
+    the rows of a served batch. turns: so many times as many users train by turns (TrainConfig.turns); those who wait
+    are in host memory. slots: adapters that are resident while serving. serving_mesh: where prefill and decode use the
+    devices in another shape. rules: (logical axis, mesh axes) pairs that replace popax.sharding's.
     """
 
     topology: str = "v5e:2x2"
@@ -63,12 +65,13 @@ class PlanConfig:
     serving_mesh: MeshShape | None = None
     steps: tuple[StepName, ...] = STEPS
     users: int = 32
+    turns: int = 1
     rows: int = 1
     tokens: int = 512
     users_over: tuple[str, ...] = ("population", "fsdp", "expert")
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
     optimizer: Optimizer = dataclasses.field(default_factory=adamw)
-    remat: bool = True
+    remat: Remat = "full"
     decode_rows: int = 32
     prefill_rows: int = 8
     prefill_tokens: int = 512
@@ -84,6 +87,7 @@ class PlanConfig:
         if self.mesh == MeshShape():
             own = self.slice.devices // self.slices
             object.__setattr__(self, "mesh", MeshShape(population=self.slices, fsdp=own))
+        check_remat(self.remat, "PlanConfig")
         self._check_numbers()
         self._check_meshes()
         unknown = sorted({name for name, _ in self.rules} - set(dict(DEFAULT_RULES)))
@@ -94,7 +98,17 @@ class PlanConfig:
         unknown = sorted(set(self.steps) - set(STEPS))
         if unknown or not self.steps:
             raise ConfigError(f"PlanConfig.steps={self.steps}: one or more of {', '.join(STEPS)}")
-        names = ("users", "rows", "tokens", "decode_rows", "prefill_rows", "prefill_tokens", "cache_length", "slots")
+        names = (
+            "users",
+            "turns",
+            "rows",
+            "tokens",
+            "decode_rows",
+            "prefill_rows",
+            "prefill_tokens",
+            "cache_length",
+            "slots",
+        )
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

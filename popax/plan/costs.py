@@ -15,6 +15,8 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update", "opt-barrier", "domain",
 }  # fmt: skip
+# Asynchronous ones, whose first two results are the destination and the source, in either order.
+TRANSFERS = {"copy-start", "slice-start"}
 PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
 # Written in place, and the operand that holds what is written.
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
@@ -27,17 +29,20 @@ VIEWS = ("ConcatBitcast", "AllocateBuffer", "AsyncCollective", "GatherScatterInd
 
 class Costs(NamedTuple):
     """matmul_flops: of every product, 2 a multiply-add, and what kernels declare; recomputed_flops: those of them that
-    repeat the forward pass for the backward pass (remat). hbm_bytes: read and written."""
+    repeat the forward pass for the backward pass (remat). hbm_bytes: read from HBM and written to it. accessed_bytes:
+    what instructions read and write in any memory, without transfers between memories: the program's own, where
+    hbm_bytes also has what the compiler chose to keep in VMEM, and when."""
 
     matmul_flops: int
     recomputed_flops: int
     hbm_bytes: int
+    accessed_bytes: int
 
 
 def count(module: Module, filled: float = 1.0) -> Costs:
     """Over one run of the program. filled: the part of a grouped product's rows that its groups are expected to fill;
     the kernel declares all rows of its operand, which has room for the worst case, and skips those of no group."""
-    flops = recomputed = hbm_bytes = 0
+    flops = recomputed = 0
     for visit in visits(module):
         computation, instruction = visit.computation, visit.instruction
         if instruction.opcode in ("convolution", "dot", "custom-call"):
@@ -46,9 +51,27 @@ def count(module: Module, filled: float = 1.0) -> Costs:
             own = round(own * filled) if kernel and GROUPED in instruction.name else own
             flops += visit.times * own
             recomputed += visit.times * own * ("rematted_computation" in instruction.text)
-        if not visit.fused:
-            hbm_bytes += visit.times * _traffic(module, computation, instruction)
-    return Costs(flops, recomputed, hbm_bytes)
+    return Costs(flops, recomputed, _total_traffic(module), _total_traffic(in_one_memory(module)))
+
+
+def in_one_memory(module: Module) -> Module:
+    """The program of a device that has nothing but HBM: transfers between memories become views of what is there."""
+
+    def moved(instruction: Instruction) -> Instruction:
+        between = len({shape.memory_space for shape in instruction.shapes[:2]}) == 2
+        opcode = "bitcast" if between and instruction.opcode in TRANSFERS else instruction.opcode
+        shapes = tuple(shape._replace(memory_space=HBM) for shape in instruction.shapes)
+        return instruction._replace(opcode=opcode, shapes=shapes)
+
+    def of(computation: Computation) -> Computation:
+        return Computation(computation.name, {name: moved(each) for name, each in computation.instructions.items()})
+
+    return Module(module.entry, {name: of(computation) for name, computation in module.computations.items()})
+
+
+def _total_traffic(module: Module) -> int:
+    found = (visit for visit in visits(module) if not visit.fused)
+    return sum(visit.times * _traffic(module, visit.computation, visit.instruction) for visit in found)
 
 
 def declared(instruction: Instruction, what: str) -> int:

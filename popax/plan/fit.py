@@ -91,8 +91,8 @@ def advice(config: PlanConfig, model: ModelConfig, compiled: Compiled) -> Iterat
         yield f"  {name}={fewer} instead of {count}: fits (estimate: all but the base grows with it)"
     elif fewer < unit(config, compiled.step):
         yield f"  fewer than {name}={count} alone does not help: the base leaves {(limit - base) / GB:.2f} GB"
-    if compiled.step == "train" and not config.remat:
-        yield f"  PlanConfig.remat = True: of the {model.num_layers} layers only the inputs stay in memory"
+    if compiled.step == "train" and config.remat != "full":
+        yield f"  PlanConfig.remat = 'full': of the {model.num_layers} layers only the inputs stay in memory"
     own = kinds.get("adapters", 0) + kinds.get("optimizer", 0)
     if config.adapter.dtype == "float32" and own:
         yield f"  AdapterConfig.dtype = 'bfloat16', moments with it: {-own / 2 / GB:+.2f} GB"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from popax.plan.compiler import Compiled
 from popax.plan.config import MeshShape, PlanConfig, StepName
 
-# What a device holds, computes and moves, none of which may depend on how many replicas there are.
-COMPARED = ("needed_bytes", "matmul_flops", "hbm_bytes")
+# What a device holds, computes, reads and writes, none of which may depend on how many replicas there are. Not the
+# traffic of HBM: what the compiler keeps in VMEM, and when it fetches it, follows the times that it expects of the
+# collectives. It differs between slices of other shapes for programs that are the same to the byte.
+COMPARED = ("needed_bytes", "matmul_flops", "accessed_bytes")
 TOLERANCE = 0.02
 
 
@@ -28,10 +30,9 @@ def replicated(config: PlanConfig, step: StepName, times: int) -> PlanConfig:
     )
 
 
-def growth(one: Compiled, more: Sequence[Compiled]) -> float:
-    """The largest relative difference, over COMPARED, between a device of the first and of the others; inf where one
-    does not fit."""
+def growth(one: Compiled, more: Sequence[Compiled], compared: Sequence[str] = COMPARED) -> float:
+    """The largest relative difference between a device of the first and of the others; inf where one does not fit."""
     if not all(step.fits for step in (one, *more)):
         return float("inf")
-    pairs = ((getattr(one, name), getattr(step, name)) for step in more for name in COMPARED)
+    pairs = ((getattr(one, name), getattr(step, name)) for step in more for name in compared)
     return max((abs(other - first) / max(first, 1) for first, other in pairs), default=0.0)

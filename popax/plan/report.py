@@ -53,6 +53,14 @@ def chip_bytes(config: PlanConfig, compiled: Compiled) -> dict[str, int]:
     return {kind: size * config.slice.chip.devices for kind, size in kinds.items() if size}
 
 
+def waiting_bytes(config: PlanConfig, compiled: Compiled) -> int:
+    """What a chip's host holds of users who train by turns: the state of every turn."""
+    if compiled.step != "train" or config.turns == 1:
+        return 0
+    state = sum(compiled.argument_bytes.get(kind, 0) for kind in ("adapters", "optimizer"))
+    return state * config.slice.chip.devices * config.turns
+
+
 def needed_per_chip(config: PlanConfig, compiled: Compiled) -> int:
     return compiled.needed_bytes * config.slice.chip.devices
 
@@ -73,7 +81,7 @@ def figures(config: PlanConfig, model: ModelConfig, steps: Sequence[Compiled]) -
         "parameters_per_user": Cohort.of(config.adapter, base.sites()).num_params,
         "chips": config.slice.chips,
         "devices": config.slice.devices,
-        "population": config.users if "train" in config.steps else config.slots,
+        "population": config.users * config.turns if "train" in config.steps else config.slots,
         "fits": all(step.fits for step in steps),
         "hbm_per_chip_bytes": max(needed_per_chip(config, step) for step in steps),
         "hbm_limit_bytes": config.slice.chip.usable_bytes,
@@ -97,9 +105,11 @@ def row(config: PlanConfig, compiled: Compiled) -> dict[str, Any]:
     estimate = roofline(config, compiled)
     return line | {
         **{f"hbm_{kind}_bytes": size for kind, size in chip_bytes(config, compiled).items()},
+        **({"host_bytes": waiting} if (waiting := waiting_bytes(config, compiled)) else {}),
         "matmul_flops": compiled.matmul_flops * devices,
         "recomputed_flops": compiled.recomputed_flops * devices,
         "hbm_traffic_bytes": compiled.hbm_bytes * devices,
+        "accessed_bytes": compiled.accessed_bytes * devices,
         "collective_bytes": {axes: size * devices for axes, size in by_axes(compiled.collectives).items()},
         "estimate_seconds": estimate.seconds,
         "estimate_bound": estimate.bound,
@@ -120,6 +130,9 @@ def lines(config: PlanConfig, compiled: Compiled) -> Iterator[str]:
     yield f"  HBM per chip      {needed / GB:10.2f} GB of {limit / GB:.2f} GB"
     for kind, size in chip_bytes(config, compiled).items():
         yield f"    {kind:15s} {size / GB:10.3f} GB"
+    if waiting := waiting_bytes(config, compiled):
+        users = f"{config.users * config.turns} users in {config.turns} turns"
+        yield f"  host, per chip    {waiting / GB:10.3f} GB of {users}"
     if compiled.fits:
         yield from _work_lines(config, compiled)
     else:

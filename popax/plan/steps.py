@@ -56,16 +56,17 @@ class StepBuilder:
         return Cohort.of(self.config.adapter, self.model.sites())
 
     def build(self, step: StepName) -> AbstractStep:
-        return self._train() if step == "train" else self._serve(step)
+        own = dataclasses.replace(self, model=Model(self.model.config, self.config.sharding_rules(step)))
+        return own._train() if step == "train" else own._serve(step)
 
     def _train(self) -> AbstractStep:
-        config, rules = self.config, self.config.sharding_rules("train")
+        config, rules = self.config, self.model.rules
         settings = hparams(learning_rate=1e-3, max_steps=1, clip_norm=1.0)
         keys = jax.ShapeDtypeStruct((config.users,), jax.random.key(0).dtype)
         state = jax.eval_shape(lambda keys: init_population(self.cohort, config.optimizer, keys, settings), keys)
         state = _placed(state, population_shardings(self.cohort, state, self.mesh, rules))
         shape = (config.users, config.rows, config.tokens)
-        spec = PartitionSpec(*rules.spec(("population", None), self.mesh), self._context())
+        spec = rules.spec(("population", None, "sequence"), self.mesh)
         dtypes = dict.fromkeys(Batch._fields, jnp.int32) | {"weights_BxT": jnp.float32}
         batch = Batch(**{field: self._at(shape, dtype, spec) for field, dtype in dtypes.items()})
         objective = sft(self.model, remat=config.remat)
@@ -87,7 +88,7 @@ class StepBuilder:
 
     def _serve(self, step: StepName) -> AbstractStep:
         """Each replica serves its rows from its own slots: the population axis is cut by hand, the others by XLA."""
-        rules, replicated = self.config.sharding_rules(step), PartitionSpec()
+        rules, replicated = self.model.rules, PartitionSpec()
         rows = self.config.decode_rows if step == "decode" else self.config.prefill_rows
         width = 1 if step == "decode" else self.config.prefill_tokens
         spread = rules.spec(("batch",), self.mesh)
@@ -166,14 +167,10 @@ class StepBuilder:
 
         def spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
             heads = ("kv_heads", None) if leaf.ndim == 5 else (None,) * (leaf.ndim - 3)
-            spec = rules.spec(("layers", "batch", None, *heads), self.mesh)
-            return PartitionSpec(*spec[:2], self._context(), *spec[3:])
+            return rules.spec(("layers", "batch", "sequence", *heads), self.mesh)
 
         specs = jax.tree.map(spec_of, cache)
         return jax.tree.map(lambda leaf, spec: self._at(leaf.shape, leaf.dtype, spec), cache, specs), specs
-
-    def _context(self) -> str | None:
-        return "context" if self.mesh.shape["context"] > 1 else None
 
     def _at(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))

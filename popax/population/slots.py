@@ -34,11 +34,14 @@ class SlotTable:
             self, users=tuple(None if slot in gone else user for slot, user in enumerate(self.users))
         )
 
-    def admit(self, queue: Sequence[str], iteration: int) -> tuple["SlotTable", list[tuple[int, str]]]:
-        """Seat the queue's next users in the unused slots, in order; returns the table and the (slot, user) pairs."""
+    def admit(
+        self, queue: Sequence[str], iteration: int, slots: Sequence[int] | None = None
+    ) -> tuple["SlotTable", list[tuple[int, str]]]:
+        """Seat the queue's next users in those of the slots (default: all) that are unused, in order; returns the table
+        and the (slot, user) pairs."""
         users, since, index, seated = list(self.users), list(self.since), self.next, []
-        for slot, user in enumerate(users):
-            if user is None and index < len(queue):
+        for slot in range(len(users)) if slots is None else slots:
+            if users[slot] is None and index < len(queue):
                 users[slot], since[slot] = queue[index], iteration
                 seated.append((slot, queue[index]))
                 index += 1

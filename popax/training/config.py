@@ -4,6 +4,7 @@ import dataclasses
 
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
+from popax.modeling.remat import Remat, check_remat
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
 
@@ -12,6 +13,8 @@ from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
 class TrainConfig:
     """A population run. steps is each user's own number; slots is how many users share one compiled step.
 
+    turns: so many times as many users have a seat; they train by turns, a round each, and wait in host memory, which
+    leaves the device's to one turn.
     Users with fewer rows than steps * batch_size see them at most max_epochs times; users with fewer examples than
     min_examples are left out. checkpoint_every counts iterations of the whole population. validation_rows: how many
     rows of a user's validation slice early stopping looks at. early_stop: None trains
@@ -20,6 +23,7 @@ class TrainConfig:
 
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
     slots: int = 32
+    turns: int = 1
     steps: int = 100
     learning_rate: float = 1e-3
     clip_norm: float = 1.0
@@ -31,12 +35,13 @@ class TrainConfig:
     min_examples: int = 2
     validation_rows: int = 4
     seed: int = 0
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
-        for name in ("slots", "steps", "checkpoint_every", "validation_rows"):
+        for name in ("slots", "turns", "steps", "checkpoint_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        check_remat(self.remat, "TrainConfig")
         if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: "

@@ -13,9 +13,9 @@ from popax.data.users import UserDataset
 from popax.distributed.group import ProcessGroup
 from popax.errors import CatalogError, StorageError
 from popax.modeling.base import Base
-from popax.population.placement import Placement
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState, selected_adapters
+from popax.population.turns import Turns
 from popax.store.catalog import Catalog, Commit, Revision
 from popax.store.checkpoint import CheckpointStore
 from popax.store.layout import RowLayout
@@ -39,11 +39,12 @@ class RunFiles:
         catalog: Catalog,
         directory: Path,
         run: str,
-        placement: Placement,
+        turns: Turns,
     ):
         self._config, self._dataset, self._catalog, self._run = config, dataset, catalog, run
+        self._turns = turns
         self._group, self._staged = ProcessGroup.current(), []
-        self.shared = shared_arrays(base, cohort, catalog, placement.mesh)
+        self.shared = shared_arrays(base, cohort, catalog, turns.placement.mesh)
         layout = RowLayout.of(cohort.abstract())
         self._stored = self._group.leader_first(
             lambda: catalog.cohort(config.adapter, cohort.specs, base.digest, layout, self.shared or None)
@@ -95,7 +96,7 @@ class RunFiles:
         """A checkpoint: the adapters that users would keep as one item, all else as another."""
         if self._checkpoints.latest() == seating.iteration:
             return
-        adapters, rest = _apart(seating.state)
+        adapters, rest = _apart(self._turns.together(seating.states))
         self._checkpoints.save(
             seating.iteration,
             adapters=adapters,
@@ -108,13 +109,13 @@ class RunFiles:
         """The latest checkpoint, placed as `fresh` is; None where there is none."""
         if self._checkpoints.latest() is None:
             return None
-        adapters, rest = _apart(fresh.state)
+        adapters, rest = _apart(self._turns.together(fresh.states))
         restored = self._checkpoints.restore(adapters=adapters, train_state=rest)
         table = restored.record["table"]
         return Seating(
             restored.step,
             SlotTable(users=tuple(table["users"]), since=tuple(table["since"]), next=table["next"]),
-            _together(restored.adapters, restored.train_state),
+            self._turns.apart(_together(restored.adapters, restored.train_state)),
         )
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from popax.errors import ConfigError
 from popax.modeling.model import Model
+from popax.modeling.remat import Remat, check_remat
 from popax.objectives.sft import sft
 from popax.types import NO_ADAPT, Batch, Params
 
@@ -30,11 +31,12 @@ class PretrainConfig:
     b2: float = 0.98
     checkpoint_every: int = 100
     seed: int = 0
-    remat: bool = False
+    remat: Remat = "none"
 
     def __post_init__(self):
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(f"steps={self.steps}, warmup_steps={self.warmup_steps}: 0 <= warmup_steps < steps")
+        check_remat(self.remat, "PretrainConfig")
         if self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every}: at least 1")
 

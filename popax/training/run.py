@@ -15,6 +15,7 @@ from popax.errors import DataError
 from popax.modeling.base import Base
 from popax.population.placement import Placement
 from popax.population.step import StepMetrics
+from popax.population.turns import Turns
 from popax.sharding import ShardingRules
 from popax.store.catalog import Catalog
 from popax.training.compiled import compile_programs
@@ -68,7 +69,8 @@ def train_population(
     if not names:
         raise DataError(f"no users to train: nobody has min_examples={config.min_examples} examples")
     cohort = Cohort.of(config.adapter, base.model.sites())
-    placement, group = Placement(config.slots, mesh, rules), ProcessGroup.current()
+    placement, group = Placement(config.slots, mesh, rules or base.model.rules), ProcessGroup.current()
+    turns = Turns(placement, config.turns)
     record = group.leader_first(
         lambda: RunRecord.open(
             directory,
@@ -84,7 +86,7 @@ def train_population(
         catalog=catalog,
         directory=directory,
         run=record.run,
-        placement=placement,
+        turns=turns,
     )
 
     def steps_of(user: str) -> int:
@@ -103,7 +105,7 @@ def train_population(
         queue=record.queue,
         source=source,
         writer=writer,
-        placement=placement,
+        turns=turns,
         hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
     )
     try:

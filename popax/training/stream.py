@@ -1,7 +1,7 @@
 """A population larger than its slots: users take a seat, train, are written back, and make room for the next.
 
-All decisions fall at the end of a round (a fixed number of iterations) and depend on the state alone, never on timing,
-so that a run resumed from any checkpoint is bitwise the run that was never stopped.
+All decisions fall at the end of a round (a fixed number of iterations, of each turn) and depend on the state alone,
+never on timing, so that a run resumed from any checkpoint is bitwise the run that was never stopped.
 """
 
 import concurrent.futures
@@ -15,10 +15,10 @@ import numpy as np
 
 from popax.adapters.cohort import Cohort
 from popax.distributed.group import ProcessGroup
-from popax.population.placement import Placement
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState
 from popax.population.step import StepMetrics
+from popax.population.turns import Turns
 from popax.training.compiled import Programs, abstract_population, empty_slots
 from popax.training.config import TrainConfig
 from popax.training.members import Finished, MemberSource, RevisionWriter
@@ -33,11 +33,25 @@ class UserData(Protocol):
 
 
 class Seating(NamedTuple):
-    """Where a run stands: `iteration` of the population, and the seats."""
+    """Where a run stands: `iteration` of the population, the seats, and the state of each turn's slots."""
 
     iteration: int
     table: SlotTable
+    states: tuple[PopulationState, ...]
+
+
+class Turn(NamedTuple):
+    """A turn in the slots, and where its round stands: the seat of each slot, the table of all, the slots' state."""
+
+    seats: list[int]
+    iteration: int
+    table: SlotTable
     state: PopulationState
+
+    @property
+    def users(self) -> list[str | None]:
+        """Who is in each slot."""
+        return [self.table.users[seat] for seat in self.seats]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,25 +85,26 @@ class PopulationStream:
         queue: Sequence[str],
         source: MemberSource,
         writer: RevisionWriter,
-        placement: Placement,
+        turns: Turns,
         hooks: Hooks | None = None,
     ):
         self._base, self._shared, self._cohort, self._config = base, shared, cohort, config
         self._programs, self._data, self._queue = programs, data, list(queue)
         self._source, self._writer, self._hooks = source, writer, hooks or Hooks()
-        self._placement, self._group = placement, ProcessGroup.current()
+        self._turns, self._placement, self._group = turns, turns.placement, ProcessGroup.current()
         self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
 
     def fresh(self) -> Seating:
-        """All slots empty, nobody trained."""
+        """All seats empty, nobody trained."""
         shardings = self._placement.shardings(self._cohort, abstract_population(self._cohort, self._config))
         make = functools.partial(empty_slots, self._cohort, self._config)
-        state = make() if shardings is None else jax.jit(make, out_shardings=shardings)()
-        return Seating(0, SlotTable.empty(self._config.slots), state)
+        made = make if shardings is None else jax.jit(make, out_shardings=shardings)
+        states = tuple(self._turns.wait(made()) for _ in range(self._turns.count))
+        return Seating(0, SlotTable.empty(self._turns.seats.slots), states)
 
     def run(self, seating: Seating | None = None) -> Seating:
         """Train everyone in the queue. Returns early, after a checkpoint, when a stop is requested."""
-        seating = self._seat(self.fresh()) if seating is None else seating
+        seating = self._each_turn(self.fresh(), self._seat, lambda turn: True) if seating is None else seating
         try:
             while seating.table.occupied:
                 seating, metrics = self._round(seating)
@@ -113,61 +128,85 @@ class PopulationStream:
         self._writer.flush()
         self._hooks.save(seating)
 
+    def _each_turn(self, seating: Seating, visit: Callable[[Turn], Turn], wanted: Callable[[Turn], bool]) -> Seating:
+        """The seating after each turn was on the device and visited; a turn that is not wanted stays where it is."""
+        table, states = seating.table, list(seating.states)
+        for index, waiting in enumerate(states):
+            turn = Turn(self._turns.seats_of(index), seating.iteration, table, waiting)
+            if wanted(turn):
+                turn = visit(turn._replace(state=self._turns.enter(waiting)))
+                table, states[index] = turn.table, self._turns.wait(turn.state)
+        return seating._replace(table=table, states=tuple(states))
+
     def _round(self, seating: Seating) -> tuple[Seating, list[StepMetrics]]:
-        """One round of steps, then validation, write-back and new seats."""
-        metrics, state, iteration, table = [], seating.state, seating.iteration, seating.table
-        batch = self._submit(table, iteration)
+        """One round of every turn's steps, each followed by validation, write-back and new seats."""
+        by_turn: list[list[StepMetrics]] = []
+
+        def visit(turn: Turn) -> Turn:
+            turn, metrics = self._steps(turn)
+            by_turn.append(metrics)
+            return self._seat(self._write_back(turn))
+
+        seating = self._each_turn(seating, visit, lambda turn: any(user is not None for user in turn.users))
+        by_turn = self._placement.host(by_turn)
+        metrics = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps) for steps in zip(*by_turn, strict=True)]
+        return seating._replace(iteration=seating.iteration + self._config.round_length), metrics
+
+    def _steps(self, turn: Turn) -> tuple[Turn, list[StepMetrics]]:
+        """A round's steps, and validation."""
+        metrics, state, iteration = [], turn.state, turn.iteration
+        batch = self._submit(turn, iteration)
         for index in range(self._config.round_length):
             ready = batch.result()
             if index + 1 < self._config.round_length:
-                batch = self._submit(table, iteration + 1)  # built while the device runs this step
+                batch = self._submit(turn, iteration + 1)  # built while the device runs this step
             state, step_metrics = self._programs.step(self._base, self._shared, state, ready)
             metrics.append(step_metrics)
             iteration += 1
-        seating = seating._replace(iteration=iteration, state=self._validate(state, table))
-        return self._seat(self._write_back(seating)), self._placement.host(metrics)
+        return self._validate(turn._replace(iteration=iteration, state=state)), metrics
 
-    def _submit(self, table: SlotTable, iteration: int) -> concurrent.futures.Future[Batch]:
-        here = self._placement.local(table.users)
+    def _submit(self, turn: Turn, iteration: int) -> concurrent.futures.Future[Batch]:
+        here = self._placement.local(turn.users)
         users = [user if user is not None and self._source.steps_of(user) else None for user in here]
-        steps = self._placement.local(table.local_steps(iteration))
+        local_steps = turn.table.local_steps(iteration)
+        steps = self._placement.local([local_steps[seat] for seat in turn.seats])
         return self._batches.submit(lambda: self._placement.rows(self._data.population(users, steps)))
 
-    def _validate(self, state: PopulationState, table: SlotTable) -> PopulationState:
+    def _validate(self, turn: Turn) -> Turn:
         if self._programs.observe is None:
-            return state
+            return turn
         rows = self._config.validation_rows
-        batch = self._data.evaluation(self._placement.local(table.users), "validation", max_rows=rows)
+        batch = self._data.evaluation(self._placement.local(turn.users), "validation", max_rows=rows)
         # A fixed number of rows: otherwise the population's longest slice would decide a shape, and recompile.
         batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)
-        sums = self._programs.loss(self._base, self._shared, state.adapters, self._placement.rows(batch))
-        return self._programs.observe(state, sums)
+        sums = self._programs.loss(self._base, self._shared, turn.state.adapters, self._placement.rows(batch))
+        return turn._replace(state=self._programs.observe(turn.state, sums))
 
-    def _write_back(self, seating: Seating) -> Seating:
-        active = self._placement.host(seating.state.active)
-        done = [slot for slot in seating.table.occupied if not active[slot]]
+    def _write_back(self, turn: Turn) -> Turn:
+        active = self._placement.host(turn.state.active)
+        done = [slot for slot, user in enumerate(turn.users) if user is not None and not active[slot]]
         for slot in done:
-            members = self._programs.take(seating.state, np.int32(slot))
-            user = seating.table.users[slot]
+            members = self._programs.take(turn.state, np.int32(slot))
+            user = turn.users[slot]
             if user is None or not self._placement.owns(slot):
                 continue
             if self._source.steps_of(user):  # else: nothing to learn from, so no revision
                 self._writer.put(Finished(user, *self._placement.taken(members, slot)))
-        return seating._replace(table=seating.table.release(done))
+        return turn._replace(table=turn.table.release([turn.seats[slot] for slot in done]))
 
-    def _seat(self, seating: Seating) -> Seating:
-        table, seated = seating.table.admit(self._queue, seating.iteration)
-        self._source.prefetch([user for slot, user in seated if self._placement.holds(slot)])
+    def _seat(self, turn: Turn) -> Turn:
+        table, seated = turn.table.admit(self._queue, turn.iteration, turn.seats)
+        found = [(turn.seats.index(seat), user) for seat, user in seated]
+        self._source.prefetch([user for slot, user in found if self._placement.holds(slot)])
         if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
             self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
-        state = seating.state
-        for slot, user in seated:
+        turn = turn._replace(table=table)
+        for slot, user in found:
             one = self._source.start(user) if self._placement.holds(slot) else None
-            state = self._programs.seat(state, np.int32(slot), self._placement.seated(slot, one, state))
-        if seated:
-            # The start counts as a candidate: a user whom training does not help keeps what they had.
-            state = self._validate(state, table)
-        return seating._replace(table=table, state=state)
+            placed = self._placement.seated(slot, one, turn.state)
+            turn = turn._replace(state=self._programs.seat(turn.state, np.int32(slot), placed))
+        # The start counts as a candidate: a user whom training does not help keeps what they had.
+        return self._validate(turn) if found else turn
 
 
 def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:

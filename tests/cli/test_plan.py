@@ -45,7 +45,7 @@ def asked(monkeypatch):
         return Compiled(
             step=step, fits=needed < config.slice.chip.usable_bytes, needed_bytes=needed,
             argument_bytes={"base": GIB, "adapters": GIB // 2}, temporary_bytes=needed - 3 * GIB // 2,
-            matmul_flops=10**12, recomputed_flops=10**11, hbm_bytes=10**9,
+            matmul_flops=10**12, recomputed_flops=10**11, hbm_bytes=10**9, accessed_bytes=10**9,
             collectives=[Collective("all-gather", ("fsdp",), 10**6, 2, 10**7 * config.mesh.fsdp, "")],
             compile_s=20.0, cpu_s=30.0, peak_bytes=GIB, refusal="too large",
         )  # fmt: skip
@@ -146,11 +146,11 @@ def test_replicas_are_compared_and_growth_fails(gin_file, asked, tmp_path, capsy
 
     def growing(config, *rest):
         compiled = alone(config, *rest)
-        return compiled._replace(hbm_bytes=compiled.hbm_bytes * config.mesh.population)
+        return compiled._replace(accessed_bytes=compiled.accessed_bytes * config.mesh.population)
 
     monkeypatch.setattr(child, "compile_apart", growing)
     assert main([*params, "2"]) == 2
-    assert "NOT INDEPENDENT; a chip's memory, FLOPs and traffic differ by 100.00%" in capsys.readouterr().out
+    assert "NOT INDEPENDENT; a chip's memory, FLOPs and accessed bytes differ by 100.00%" in capsys.readouterr().out
     asked.clear()
     assert main([*params, "3"]) == 2
     assert "3 times as large: sides double, so take a power of two" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from popax.errors import CheckpointError, ConfigError
-from popax.modeling import hf
-from popax.modeling.base import RECORD, load_base, new_base, save_base
+from popax.errors import CheckpointError, ConfigError, SiteError
+from popax.modeling import hf, shards
+from popax.modeling.base import RECORD, load_base, new_base, open_base, save_base
 from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
@@ -130,33 +131,32 @@ def test_tied_embeddings_stored_twice_must_be_equal(tiny, directory):
 
 def test_each_device_reads_its_own_shard_and_nothing_more(tiny, directory, mesh, monkeypatch):
     buffers, live = [], []
-    read_shard, device_put = hf.read_shard, jax.device_put
+    read_shard, device_put = shards.read_shard, jax.device_put
 
     def recorded(*arguments):
         buffers.append(read_shard(*arguments))
         live.append(buffers[-1].nbytes)
         return buffers.pop()
 
-    monkeypatch.setattr(hf, "read_shard", recorded)
+    monkeypatch.setattr(shards, "read_shard", recorded)
     monkeypatch.setattr(jax, "device_put", lambda value, device=None: device_put(np.array(value), device))
     params = load_base(directory, mesh=mesh).params
     leaves = jax.tree.leaves(params)
     total = sum(leaf.nbytes for leaf in leaves)
-    per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-    assert sum(live) == 8 * per_device  # what lies on the devices, counted once each
+    assert sum(live) == total  # a shard that several devices have is read once
     assert max(live) == max(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     assert max(live) < total / 20
 
 
 def test_a_layer_s_slice_touches_only_that_part_of_the_file(tiny, directory):
     """The views that are copied out of the files have the shard's own shapes."""
-    source = hf._match(tiny.model, hf.open_tensors(directory), directory)["layers/mlp/up_proj/kernel"]
+    source = hf.open_weights(directory, tiny.model).sources["layers/mlp/up_proj/kernel"]
     index = (slice(1, 3), slice(8, 16), slice(0, 24))
-    shard = hf.read_shard(source, (3, 32, 48), np.dtype(np.float32), index)
+    with ThreadPoolExecutor() as pool:
+        shard = shards.read_shard(source, (3, 32, 48), np.dtype(np.float32), index, pool)
     np.testing.assert_array_equal(shard, np.asarray(tiny.params["layers"]["mlp"]["up_proj"]["kernel"])[index])
     view = source.tensors[1].read(index[1:][::-1])
-    assert isinstance(view.base, np.memmap)
-    assert view.shape == (24, 8)
+    assert (view.shape, view.strides, view.flags.writeable) == ((24, 8), (32 * 4, 4), False)
 
 
 def test_a_truncated_file_is_named_with_its_sizes(directory):
@@ -221,6 +221,23 @@ def test_an_index_that_lies_is_refused(directory):
     index.write_text("[]")
     with pytest.raises(CheckpointError, match="is not an index"):
         load_base(directory)
+
+
+def test_a_base_is_known_without_loading_it(tiny, directory, saved, monkeypatch):
+    loaded = {place: load_base(place) for place in (directory, saved)}
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("weights were put on a device"))
+    opened = {place: open_base(place) for place in loaded}
+    kernel = tiny.model.site_weight(tiny.params, "layers.attn.q_proj")
+    np.testing.assert_array_equal(opened[directory].site_weight("layers.attn.q_proj"), kernel)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(opened[saved].site_weight("layers.attn.q_proj"), kernel)
+    for place, info in opened.items():
+        base = loaded[place]
+        assert (info.model, info.digest, info.source) == (base.model, base.digest, base.source)
+        with pytest.raises(SiteError, match="no site 'elsewhere'"):
+            info.site_weight("elsewhere")
+    with pytest.raises(CheckpointError, match=r"nowhere is not a directory with config\.json"):
+        open_base(directory / "nowhere")
 
 
 def test_what_is_no_base_is_said_to_be_none(directory, tmp_path):

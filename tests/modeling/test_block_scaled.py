@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from popax.errors import CheckpointError
-from popax.modeling import hf
+from popax.modeling import hf, shards
 from popax.modeling.base import load_base
 from popax.modeling.block_config import MLAConfig, MoEConfig
 from popax.modeling.config import ModelConfig
@@ -113,23 +113,23 @@ def test_the_digest_sees_the_factors(stored, tmp_path):
 def test_a_device_reads_its_own_experts_only(stored, monkeypatch):
     directory, meant = stored
     mesh = Mesh(np.array(jax.devices()[:E]), ("expert",))
-    read, opened, place = StoredTensor.read, [], hf.read_shard
+    read, opened, read_shard = StoredTensor.read, [], shards.read_shard
 
-    def recorded(source, shape, dtype, index):
+    def recorded(*arguments):
         opened.append(set())
-        return place(source, shape, dtype, index)
+        return read_shard(*arguments)
 
     def noted(tensor, index):
         if opened:
             opened[-1].add(tensor.name)
         return read(tensor, index)
 
-    monkeypatch.setattr(hf, "read_shard", recorded)
+    monkeypatch.setattr(shards, "read_shard", recorded)
     monkeypatch.setattr(StoredTensor, "read", noted)
     base = load_base(directory, mesh=mesh)
-    shards = [names for names in opened if any(".experts." in name for name in names)]
-    assert len(shards) == 3 * E  # gate, up and down on each device
-    assert all(len({name.split(".experts.")[1].split(".")[0] for name in names}) == 1 for names in shards)
+    experts = [names for names in opened if any(".experts." in name for name in names)]
+    assert len(experts) == 3 * E  # gate, up and down on each device
+    assert all(len({name.split(".experts.")[1].split(".")[0] for name in names}) == 1 for names in experts)
     for name, leaf in flatten_named(base.params).items():
         np.testing.assert_array_equal(leaf, meant[name], err_msg=name)
     assert base.params["layers"]["moe"]["experts"]["up_proj"]["kernel"].sharding.shard_shape((1, E, 160, 144))[1] == 1

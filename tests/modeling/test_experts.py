@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from popax.modeling import experts
+from popax.modeling import expert_parallel, experts
 from popax.modeling.experts import ExpertWeights, experts_backward, experts_forward
 from popax.modeling.routed import routed_experts
+from popax.sharding import DEFAULT_RULES, ShardingRules
 
 N, M, D, F, K, E = 4, 10, 8, 16, 3, 8
 MESHES = {
@@ -119,3 +120,18 @@ def test_experts_spread_over_a_mesh_are_the_same_function(case, name):
     with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(*axes.values()), tuple(axes))):
         close(gradients(routed_experts)(x, weight, weights, expert), wanted)
         close(trained_gradients(routed_experts)(*flat), trained)
+
+
+def test_experts_lie_where_the_rules_put_them(case):
+    """Over `tensor` instead of parts of one expert: tokens meet over it, and are nowhere else together."""
+    x, expert, weight, weights = case
+    moved = {"expert": "tensor", "expert_ffw": None, "embed": None}
+    rules = ShardingRules(rules=tuple((dict(DEFAULT_RULES) | moved).items()))
+
+    def along_tensor(*operands):
+        return routed_experts(*operands, rules)
+
+    with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))):
+        found = expert_parallel.spread(rules)
+        assert (found.outer, found.expert, found.embed, found.ffw) == (("fsdp",), ("tensor",), (), ())
+        close(gradients(along_tensor)(x, weight, weights, expert), gradients(every_expert)(x, weight, weights, expert))

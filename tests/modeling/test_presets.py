@@ -1,5 +1,6 @@
 """The presets in configs/models, through the gin door, against the published config.json of the same model."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from popax.cli.gin_door import GinDoor
+from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.hf_config import model_config
 from popax.modeling.model import Model
@@ -37,9 +39,19 @@ BILLIONS = {
 BENCHMARKS = {"bench_25m": 29_368_832, "bench_moe_100m": 106_496_512}
 
 
-def preset(name: str) -> ModelConfig:
-    built = GinDoor([str(PRESETS / f"{name}.gin")], [], ("popax.modeling.config:ModelConfig",)).build(ModelConfig)
+def preset(name: str, *params: str) -> ModelConfig:
+    built = GinDoor([str(PRESETS / f"{name}.gin")], params).build(ModelConfig)
     return ModelConfig.from_dict(built.to_dict())
+
+
+def test_one_field_of_a_preset_can_be_set_alone():
+    params = ("MoEConfig.experts_per_token=4", "MLAConfig.kv_latent_dim=256", "YarnRope.factor=16.0")
+    plain, changed = preset("kimi_k2"), preset("kimi_k2", *params)
+    assert changed.moe == dataclasses.replace(plain.moe, experts_per_token=4)
+    assert changed.mla == dataclasses.replace(plain.mla, kv_latent_dim=256)
+    assert changed.rope_scaling == dataclasses.replace(plain.rope_scaling, factor=16.0)
+    with pytest.raises(ConfigError, match=r"its keys are num_experts, experts_per_token"):
+        preset("kimi_k2", "MoEConfig.top_k=4")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from popax.errors import CheckpointError, ConfigError
+from popax.modeling import rounded
 from popax.modeling.base import load_base, save_base
 from popax.modeling.quantise_rules import QuantiseRule
 from popax.modeling.quantised import round_weight
-from popax.modeling.rounded import RoundedReader
 from popax.trees import flatten_named
 from tests.modeling.test_base import FILE, hf_record, hf_tensors
 
@@ -68,22 +68,28 @@ def test_a_quantised_base_has_a_name_of_its_own(directory):
     assert load_base(directory, quantise="int8", keep_digest=True).digest == digests[None]
 
 
-def test_one_matrix_is_in_memory_as_it_was_stored():
-    weight = np.arange(2 * 3 * 8 * 4, dtype=np.float32).reshape(2, 3, 8, 4)
+def test_a_strip_is_in_memory_as_it_was_stored(monkeypatch):
+    monkeypatch.setattr(rounded, "STRIP_ROWS", 2)
+    weight = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)  # [d_out, d_in]
     asked = []
 
-    def read(index):
-        asked.append(index)
-        return weight[index]
+    class Stored:
+        shape, stored = weight.shape, ()
 
-    rule = QuantiseRule(dtype="int8")
-    reader = RoundedReader(name="w", shape=weight.shape, rule=rule, read=read)
-    index = (slice(1, 2), slice(0, 2), slice(4, 8), slice(1, 3))
-    wanted = round_weight(weight, rule, np)
-    np.testing.assert_array_equal(reader.values(index), wanted.values[index])
-    np.testing.assert_array_equal(reader.scales((*index[:2], slice(0, 1), index[3])), wanted.scales[1:2, :2, :, 1:3])
-    # All input features of the wanted channels, one layer and expert at a time.
-    assert [weight[index].shape for index in asked] == [(1, 1, 8, 2)] * 4
+        def read(self, index):
+            asked.append(index)
+            return weight[index]
+
+    rule = QuantiseRule(dtype="int8", group=3)
+    wanted = round_weight(weight.T, rule, np)
+    values, scales = (made(tensor=Stored(), rule=rule) for made in (rounded.RoundedValues, rounded.RoundedScales))
+    np.testing.assert_array_equal(values.read((slice(1, 4), slice(2, 5))), wanted.values[2:5, 1:4].T)
+    # All input features of the wanted channels: a factor is of all of them.
+    assert [weight[index].shape for index in asked] == [(3, 6)]
+    assert scales.shape == (8, 2)
+    asked.clear()
+    np.testing.assert_array_equal(scales.read((slice(1, 6), slice(1, 2))), wanted.scales[1:, 1:6].T)
+    assert [weight[index].shape for index in asked] == [(2, 6), (2, 6), (1, 6)]
 
 
 def test_what_is_not_finite_is_refused_by_name(directory):
@@ -91,5 +97,5 @@ def test_what_is_not_finite_is_refused_by_name(directory):
     name = "model.layers.1.self_attn.q_proj.weight"
     tensors[name] = np.where(np.arange(tensors[name].shape[1]) == 3, np.nan, tensors[name]).astype(np.float32)
     save_file(tensors, directory / FILE)
-    with pytest.raises(CheckpointError, match=r"layers/attn/q_proj/kernel\[1\]"):
+    with pytest.raises(CheckpointError, match=name):
         load_base(directory, quantise="int8")

@@ -99,7 +99,7 @@ def test_nothing_but_the_population_lies_across_slices(compiled):
 
 
 def test_a_step_that_is_too_large_is_a_result():
-    config = dataclasses.replace(CONFIG, users=4, rows=64, tokens=8192, remat=False, steps=("train",))
+    config = dataclasses.replace(CONFIG, users=4, rows=64, tokens=8192, remat="none", steps=("train",))
     model = dataclasses.replace(MODEL, vocab_size=151936)
     result = compile_apart(config, model, "train")
     assert not result.fits

@@ -104,7 +104,32 @@ ENTRY %main (w: f32[9,64,64], j: s32[]) -> f32[1,64,64] {
 }
 """
     # One layer is read from HBM, the sum stays inside, the result is written; a counter of 4 bytes.
-    assert costs.count(parse(text)).hbm_bytes == 2 * 4 * 64 * 64 + 4
+    counted, layer = costs.count(parse(text)), 4 * 64 * 64
+    assert counted.hbm_bytes == 2 * layer + 4
+    # The layer is read and written, the sum reads it twice and is written, and is copied: wherever they lie.
+    assert counted.accessed_bytes == 7 * layer + 4
+
+
+def test_where_the_compiler_keeps_an_operand_does_not_change_what_is_accessed():
+    """The same product of an operand in HBM, and of one that is fetched into VMEM ahead of it."""
+    plain = """HloModule m, is_scheduled=true
+
+ENTRY %main (x: f32[64,64], w: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %w = f32[64,64]{1,0} parameter(1)
+  ROOT %y = f32[64,64]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    fetched = """  %w = f32[64,64]{1,0} parameter(1)
+  %start = (f32[64,64]{1,0:S(1)}, f32[64,64]{1,0}, u32[]) copy-start(%w)
+  %done = f32[64,64]{1,0:S(1)} copy-done(%start)
+"""
+    staged = plain.replace("  %w = f32[64,64]{1,0} parameter(1)\n", fetched).replace("dot(%x, %w)", "dot(%x, %done)")
+    one, other = costs.count(parse(plain)), costs.count(parse(staged))
+    assert one.accessed_bytes == other.accessed_bytes == one.hbm_bytes == 3 * 4 * 64 * 64
+    # A copy within HBM is the program's own.
+    copied = costs.count(parse(staged.replace(":S(1)", "")))
+    assert copied.accessed_bytes == copied.hbm_bytes == 5 * 4 * 64 * 64
 
 
 def test_a_stack_that_is_laid_out_anew_in_place_is_read_a_layer_at_a_time():
@@ -140,9 +165,9 @@ ENTRY %main (w: f32[64,64]) -> f32[64,64] {
   ROOT %k = f32[64,64]{1,0} custom-call(%w), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1234","transcendentals":"0","bytes_accessed":"99"}}}
 }
 """  # noqa: E501
-    assert costs.count(parse(text)) == costs.Costs(1234, 0, 99)
+    assert costs.count(parse(text)) == costs.Costs(1234, 0, 99, 99)
     grouped = text.replace("%k =", "%ragged-dot-none.1 =")
-    assert costs.count(parse(grouped), filled=0.5) == costs.Costs(617, 0, 99)
+    assert costs.count(parse(grouped), filled=0.5) == costs.Costs(617, 0, 99, 99)
 
 
 def test_what_is_written_in_place_is_the_update():

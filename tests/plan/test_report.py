@@ -29,6 +29,7 @@ def result(**fields):
         "matmul_flops": 197 * 10**9,
         "recomputed_flops": 0,
         "hbm_bytes": 0,
+        "accessed_bytes": 0,
         "collectives": [],
         "compile_s": 1.0,
         "cpu_s": 1.0,
@@ -44,6 +45,16 @@ def test_a_chip_of_two_devices_holds_both():
     assert report.chip_bytes(config, result())["base"] == 8 * GIB
     # Twice the work on a chip, which has the whole peak: the time is what half a chip needs for its half.
     assert report.roofline(config, result()).compute_s == pytest.approx(197e9 / (275e12 / 2))
+
+
+def test_users_who_take_turns_are_on_the_host():
+    """Two turns of 16: the population is 32, and the host has both turns' adapters and optimizers."""
+    turns, compiled = dataclasses.replace(CONFIG, turns=2, steps=("train",)), result()
+    assert report.row(turns, compiled)["host_bytes"] == 2 * 3 * GIB
+    assert "host_bytes" not in report.row(CONFIG, compiled)
+    assert report.row(turns, compiled)["hbm_optimizer_bytes"] == report.row(CONFIG, compiled)["hbm_optimizer_bytes"]
+    assert "6.442 GB of 32 users in 2 turns" in "\n".join(report.lines(turns, compiled))
+    assert report.figures(turns, MODEL, [compiled])["population"] == 32
 
 
 def test_the_roofline_is_the_longest_of_three():
@@ -109,7 +120,7 @@ def test_where_the_line_is_wrong_fewer_are_tried():
 
 def test_advice_names_numbers():
     large = result(fits=False, needed_bytes=20 * GIB, refusal="too much")
-    said = "\n".join(fit.advice(dataclasses.replace(CONFIG, remat=False), MODEL, large))
+    said = "\n".join(fit.advice(dataclasses.replace(CONFIG, remat="none"), MODEL, large))
     assert "4.56 GB too much" in said  # (20 - 15.75) GiB
     assert "twice the fsdp (8, on twice the chips or at half the population): -2.15 GB" in said
     assert "ModelConfig.quantise" in said

@@ -53,7 +53,7 @@ PROGRAM = textwrap.dedent(
     integers = jax.ShapeDtypeStruct((users, rows, tokens), jnp.int32)
     floats = jax.ShapeDtypeStruct((users, rows, tokens), jnp.float32)
     batch = Batch(integers, integers, floats, integers, integers, integers)
-    step = population_step(cohort, sft(model, remat=True), adamw(), constant(), spmd_axis_name="population")
+    step = population_step(cohort, sft(model, remat="full"), adamw(), constant(), spmd_axis_name="population")
     operands = (abstract(model.abstract()), {}, abstract(state, "population"), abstract(batch, "population"))
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=2).lower(*operands).compile()

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.table import METHODS
@@ -60,6 +61,27 @@ def test_invariant_6_stopping_at_every_round_changes_nothing(base, pipeline_of, 
         finished = report.finished
     assert starts > 2
     assert contents(interrupted) == contents(straight)
+
+
+def test_users_who_wait_in_host_memory_are_trained_to_the_same_bytes(base, pipeline_of, train_config, tmp_path):
+    """Seven users by turns of two slots, stopped once on the way, against two slots that each user keeps."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("population",))
+    base = dataclasses.replace(base, params=jax.device_put(base.params, NamedSharding(mesh, PartitionSpec())))
+    pipeline, config = pipeline_of(7), train_config(slots=2)
+    straight, _ = train(base, pipeline, config, tmp_path / "straight", mesh=mesh)
+    config, seated = dataclasses.replace(config, turns=3), []
+
+    def look(seating, metrics):
+        seated.append(len(seating.table.occupied))
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(seating.states)} == {"pinned_host"}
+
+    finished = False
+    while not finished:
+        options = {"mesh": mesh, "stop_requested": lambda: len(seated) == 2, "on_round": look}
+        by_turns, report = train(base, pipeline, config, tmp_path / "turns", **options)
+        finished = report.finished
+    assert max(seated) == 6
+    assert contents(by_turns) == contents(straight)
 
 
 def test_invariant_7_a_stream_compiles_each_program_once(base, pipeline_of, train_config, tmp_path, monkeypatch):

@@ -1,0 +1,35 @@
+"""What this process has of the host's memory, as the kernel counts it (Linux)."""
+
+from pathlib import Path
+
+from popax.errors import ConfigError
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"
+
+
+def resident_bytes() -> int:
+    """Resident now: anonymous memory and the pages of files that are mapped."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The most that was resident since the process began, or since `reset_peak`."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    """Begin the peak anew at what is resident now; where the kernel does not allow it, the peak goes on."""
+    try:
+        CLEAR.write_text(RESET_PEAK)
+    except OSError:
+        return
+
+
+def _status(key: str) -> int:
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{STATUS} cannot be read ({error}): memory is measured on Linux only") from error
+    found = next(line.split() for line in lines if line.startswith(f"{key}:"))
+    return int(found[1]) * 1024
