@@ -31,6 +31,7 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("q_latent", ("fsdp", "expert")),
     ("kv_latent", ("fsdp", "expert")),
     ("norm", None),
+    ("groups", None),
     ("rank", None),
 )
 

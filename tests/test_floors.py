@@ -45,6 +45,7 @@ KERNEL_CALLERS = (
     "popax.modeling.attention",
     "popax.modeling.experts",
     "popax.modeling.expert_factors",
+    "popax.modeling.grouped",
     "popax.modeling.loss",
     "popax.bench.kernels",
 )

@@ -17,7 +17,8 @@ _UNTUNED = {"cuda": "pallas_triton"}
 
 
 def grouped_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """rows[r] w[group of r], [R, B]. rows and w have one dtype; sums are float32."""
+    """rows[r] w[group of r], [R, B] in rows' dtype; sums are float32. w has rows' dtype, or a narrower one (int8, say)
+    whose values are converted where they are used."""
     forms = {"xla": reference.matmul, "pallas_triton": pallas_gpu.matmul}
     return _run("grouped_matmul.forward", forms, rows_RxA, w_ExAxB, sizes_E)
 

@@ -26,7 +26,8 @@ class Blocks(NamedTuple):
 def matmul(
     rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, *, blocks: Blocks | None = None, interpret: Any = False
 ) -> jax.Array:
-    """As `reference.matmul`, in rows' dtype. Raises NotImplementedError for float64."""
+    """As `reference.matmul`, in rows' dtype. Raises NotImplementedError for float64, and for w in another
+    dtype."""
     return _product(rows_RxA, w_ExAxB, sizes_E, blocks, interpret, back=False)
 
 
@@ -66,6 +67,8 @@ def _tiles(sizes_E: jax.Array, rows: int, tile: int) -> triton.Tiles:
 
 def _product(rows, w_ExAxB, sizes_E, blocks: Blocks | None, interpret, *, back: bool) -> jax.Array:
     triton_lora.check(rows)
+    if w_ExAxB.dtype != rows.dtype:
+        raise NotImplementedError(f"w is {w_ExAxB.dtype} beside rows in {rows.dtype}: the GPU form takes one dtype")
     (count, inner), groups = rows.shape, w_ExAxB.shape[0]
     blocks = blocks or default_blocks(count, groups)
     columns = w_ExAxB.shape[1] if back else w_ExAxB.shape[2]

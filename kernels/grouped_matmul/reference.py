@@ -39,11 +39,17 @@ def outer(
 
 
 def ragged_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(rows_RxA, w_ExAxB, sizes_E, SAME)
+    return _ragged(rows_RxA, w_ExAxB, sizes_E, SAME)
 
 
 def ragged_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(rows_RxB, w_ExAxB, sizes_E, BACK)
+    return _ragged(rows_RxB, w_ExAxB, sizes_E, BACK)
+
+
+def _ragged(rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, dims: RaggedDotDimensionNumbers) -> jax.Array:
+    # The TPU's instruction takes int8 beside wider rows; it refuses int4, and makes two copies of float8.
+    w_ExAxB = w_ExAxB if w_ExAxB.dtype == jnp.int8 else w_ExAxB.astype(rows.dtype)
+    return jax.lax.ragged_dot_general(rows, w_ExAxB, sizes_E, dims, preferred_element_type=rows.dtype)
 
 
 def ragged_outer(
@@ -132,7 +138,8 @@ def _over_blocks(rows: jax.Array, w: jax.Array, sizes_E: jax.Array, product, wid
 
     def body(index: jax.Array, out: jax.Array) -> jax.Array:
         group, start, _ = blocks.at(index)
-        block = product(_rows(padded, start, blocks.size), jax.lax.dynamic_index_in_dim(w, group, keepdims=False))
+        own = jax.lax.dynamic_index_in_dim(w, group, keepdims=False).astype(rows.dtype)
+        block = product(_rows(padded, start, blocks.size), own)
         # What a block writes past its group is overwritten: the next group's blocks come later.
         return jax.lax.dynamic_update_slice(out, block, (start, jnp.int32(0)))
 

@@ -4,4 +4,9 @@ NAME = "bench"
 HELP = "Measure this machine; every number in the documentation comes from here."
 EXAMPLE = "popax bench train --gin_file configs/models/bench_25m.gin --json bench.json"
 
-COMMANDS = {"kernels": "popax.cli.bench_kernels", "load": "popax.cli.bench_load", "train": "popax.cli.bench_train"}
+COMMANDS = {
+    "kernels": "popax.cli.bench_kernels",
+    "load": "popax.cli.bench_load",
+    "quantised": "popax.cli.bench_quantised",
+    "train": "popax.cli.bench_train",
+}

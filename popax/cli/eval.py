@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from popax.cli.base import add_base, base_of
 from popax.cli.gin_door import add_arguments, open_door
 from popax.cli.main import add_json
 
@@ -35,7 +36,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
-    parser.add_argument("--base", required=True, metavar="DIR", help="the base that the adapters were made for")
+    add_base(parser, "the base that the adapters were made for")
     parser.add_argument("--catalog", required=True, metavar="DIR", help="the users' adapters")
     add_data(parser)
     parser.add_argument("--shared", metavar="DIR", help="the catalog of the shared adapter (a run's `shared`)")
@@ -49,14 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from popax.data.records import Columns
     from popax.data.tokenize import load_tokenizer
     from popax.evaluation.columns import EvalConfig
-    from popax.modeling.base import load_base
     from popax.store.catalog import Catalog
     from popax.training.inputs import check_fits, open_users
     from popax.training.session import score
 
     started, door = time.monotonic(), open_door(args)
     data, config, columns = door.build(PipelineConfig), door.build(EvalConfig), door.build(Columns)
-    base, tokenizer = load_base(args.base), load_tokenizer(args.tokenizer or args.base)
+    base, tokenizer = base_of(args), load_tokenizer(args.tokenizer or args.base)
     check_fits(base.model, tokenizer, data.seq_len)
     catalog = Catalog.open(args.catalog, read_only=True)
     everyone = Catalog.open(args.shared, read_only=True) if args.shared else None

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from popax.cli.base import add_base, base_of
 from popax.cli.main import add_json, write_output
 from popax.cli.processes import add_processes, open_mesh
 
@@ -19,7 +20,7 @@ EXAMPLE = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, metavar="DIR", help="the base that the adapters were made for")
+    add_base(parser, "the base that the adapters were made for")
     parser.add_argument("--catalog", metavar="DIR", help="the users' adapters; not needed for the base alone")
     parser.add_argument(
         "--user",
@@ -49,7 +50,6 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     from popax.data.tokenize import load_tokenizer
     from popax.distributed.group import ProcessGroup
     from popax.errors import ConfigError
-    from popax.modeling.base import load_base
     from popax.serving.sampling import Sampling
     from popax.serving.text import generate_text
     from popax.store.catalog import Catalog
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
         raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     rows = generate_text(
-        load_base(args.base, mesh=mesh),
+        base_of(args, mesh),
         load_tokenizer(args.tokenizer or args.base),
         Catalog.open(args.catalog, read_only=True) if args.catalog else None,
         users,

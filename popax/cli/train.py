@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from popax.cli.base import add_base, base_of
 from popax.cli.eval import add_data, finish
 from popax.cli.gin_door import GinDoor, add_arguments
 from popax.cli.main import add_json
@@ -28,7 +29,7 @@ WIRING = "configs/runs/population.gin"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
-    parser.add_argument("--base", required=True, metavar="DIR", help="a Hugging Face or popax base")
+    add_base(parser, "a Hugging Face or popax base", serves=False)
     add_data(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="the run's directory")
     parser.add_argument("--catalog", metavar="DIR", help="where revisions are committed (default: OUT/catalog)")
@@ -100,7 +101,6 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     from popax.data.tokenize import load_tokenizer
     from popax.distributed.group import ProcessGroup
     from popax.evaluation.columns import EvalConfig
-    from popax.modeling.base import load_base
     from popax.store.catalog import Catalog
     from popax.training.config import TrainConfig
     from popax.training.inputs import check_fits, open_users, select_users
@@ -109,7 +109,7 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     out = Path(args.out)
     config, data, columns = door.build(TrainConfig), door.build(PipelineConfig), door.build(Columns)
     evaluation = door.build(EvalConfig)
-    base, tokenizer = load_base(args.base, mesh=mesh), load_tokenizer(args.tokenizer or args.base)
+    base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
     # What does not fit is refused before anything is read or written.
     check_fits(base.model, tokenizer, data.seq_len)
     Cohort.of(config.adapter, base.model.sites())

@@ -56,7 +56,8 @@ def run_demo(
         f"users: {len(corpus.users)} packages of Python's standard library ({megabytes(corpus.users):.1f} MB); "
         f"base: the other {len(corpus.base)} ({megabytes(corpus.base):.1f} MB)"
     )
-    base, tokenizer, cached = cached_base(config, corpus.base, cache, say, stop_requested)
+    place, cached = cached_base(config, corpus.base, cache, say, stop_requested)
+    base, tokenizer = load_base(place), load_tokenizer(place)
     session = Session(
         base=base,
         pipeline=UserPipeline(as_dataset(corpus.users), tokenizer, config.pipeline()),
@@ -92,8 +93,8 @@ def cached_base(
     cache: Path,
     say: Callable[[str], None],
     stop_requested: Callable[[], bool],
-) -> tuple[Base, Tokenizer, bool]:
-    """The base for this config and this text: from the cache, or pretrained into it. The flag tells which."""
+) -> tuple[Path, bool]:
+    """Where the base for this config and this text is, with its tokenizer: cached (the flag), or pretrained now."""
     identity = {
         "model": config.model(config.vocab_size).to_dict(),
         "pretrain": dataclasses.asdict(config.pretrain()),
@@ -121,7 +122,7 @@ def cached_base(
             )
         if report.base is None:
             raise Stopped(f"step {report.steps} of the base is checkpointed in {place}; the same command continues")
-    return load_base(place / "base"), load_tokenizer(place / "base"), cached
+    return place / "base", cached
 
 
 def write_texts(

@@ -137,7 +137,7 @@ class Attention(nnx.Module):
 
     def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs, out_std: float):
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        options = {"param_dtype": config.param_dtype, "rngs": rngs}
+        options = {"param_dtype": config.param_dtype, "rngs": rngs, "quantise": config.quantise}
         inner = {"bias": config.attention_bias, **options}
         embed = config.embed_dim
         self.config = config

@@ -1,6 +1,7 @@
 """A base: a model with its frozen weights and the digest that adapters are bound to. Loading and saving."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,13 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from popax.errors import CheckpointError, PopaxError
+from popax.errors import CheckpointError, ConfigError, PopaxError
 from popax.modeling import hf
 from popax.modeling.config import ModelConfig
-from popax.modeling.digest import digest_params
+from popax.modeling.digest import digest_params, digest_quantised
 from popax.modeling.model import Model
+from popax.modeling.quantise_rules import QuantiseRules, as_rules
+from popax.modeling.quantised import SCALES, VALUES, Quantised, round_weight
 from popax.sharding import ShardingRules
-from popax.trees import flatten_named
+from popax.trees import flatten_named, unflatten_named
 from popax.types import Params
 
 RECORD, WEIGHTS = "popax_base.json", "weights"
@@ -59,6 +62,8 @@ def load_base(
     *,
     dtype: str | None = None,
     param_dtype: str | None = None,
+    quantise: QuantiseRules | str | None = None,
+    keep_digest: bool = False,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     verify: bool = False,
@@ -66,19 +71,24 @@ def load_base(
     """The base in a Hugging Face directory, or in one that `save_base` wrote.
 
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
-    mesh: where given, each device has its own shard only, and all processes of the mesh load together. rules: the
-    model's, by default popax.sharding's. verify: hash the files of a Hugging Face directory even where their hashes are
-    noted beside them. Raises CheckpointError for a directory that is neither, or whose weights are damaged or do not
-    fit; ConfigError for a config that popax does not support.
+    quantise: as in ModelConfig; weights are rounded one after the other while they are read. The digest is then another
+    one, since adapters learn what the base they see lacks; with keep_digest it stays, and adapters that were made for
+    the base before it was quantised are taken. mesh: where given, each device has its own shard only, and all
+    processes of the mesh load together. rules: the model's, by default popax.sharding's. verify: hash the files of a
+    Hugging Face directory even where their hashes are noted beside them. Raises CheckpointError for a directory that is
+    neither, or whose weights are damaged or do not fit; ConfigError for a config that popax does not support, and for a
+    base that is quantised already, in another way.
     """
-    directory = Path(path)
+    directory, chosen = Path(path), as_rules(quantise)
     if (directory / RECORD).is_file():
-        return _load_saved(directory, dtype=dtype, param_dtype=param_dtype, mesh=mesh, rules=rules)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "quantise": chosen, "keep_digest": keep_digest}
+        return _load_saved(directory, **options, mesh=mesh, rules=rules)
     if (directory / hf.CONFIG).is_file():
         config = hf.read_config(directory, dtype=dtype, param_dtype=param_dtype)
-        model = Model(config, rules or ShardingRules())
+        model = Model(dataclasses.replace(config, quantise=chosen), rules or ShardingRules())
         params, digest = hf.open_weights(directory, model).load(mesh=mesh, verify=verify)
-        return Base(model=model, params=params, digest=digest, source=str(path))
+        named = digest if chosen is None or keep_digest else digest_quantised(digest, chosen)
+        return Base(model=model, params=params, digest=named, source=str(path))
     raise _no_base(directory)
 
 
@@ -139,29 +149,72 @@ def save_base(path: str | os.PathLike[str], base: Base) -> None:
 
 
 def _load_saved(
-    directory: Path, *, dtype: str | None, param_dtype: str | None, mesh: Mesh | None, rules: ShardingRules | None
+    directory: Path,
+    *,
+    dtype: str | None,
+    param_dtype: str | None,
+    quantise: QuantiseRules | None,
+    keep_digest: bool,
+    mesh: Mesh | None,
+    rules: ShardingRules | None,
 ) -> Base:
     record = _read_record(directory / RECORD)
     stored = ModelConfig.from_dict(record["config"])
     # As with a Hugging Face directory, the compute type follows a param_dtype that is asked for.
     chosen = {"dtype": dtype or param_dtype or stored.dtype, "param_dtype": param_dtype or stored.param_dtype}
     model = Model(dataclasses.replace(stored, **chosen), rules or ShardingRules())
-    target = model.abstract()
-    # Always said: left out, Orbax would look for the devices that the weights were saved from.
-    alone = SingleDeviceSharding(jnp.zeros(()).device)
-    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh)
-    target = jax.tree.map(_with_sharding, target, shardings)
+    rounding = quantise is not None and quantise != stored.quantise
+    if rounding and stored.quantise is not None:
+        raise ConfigError(
+            f"{directory} is quantised already, by {stored.quantise}, and is not rounded again to {quantise}: load the "
+            "base that it was made from"
+        )
+    target = _placed(model, mesh)
     try:
+        weights = directory.absolute() / WEIGHTS
         with ocp.StandardCheckpointer() as checkpointer:
-            weights = directory.absolute() / WEIGHTS
             _check_stored(checkpointer.metadata(weights).item_metadata, target, weights)
-            params = checkpointer.restore(weights, target)
+            params = {} if rounding else checkpointer.restore(weights, target)
+        if rounding:
+            model = dataclasses.replace(model, config=dataclasses.replace(model.config, quantise=quantise))
+            params = _restore_rounded(weights, target, model, _placed(model, mesh))
     except PopaxError:
         raise
     except Exception as error:  # Orbax passes a damaged array on as a plain Exception, with pages of specification
         cause = str(error).partition("\n")[0][:300]
         raise CheckpointError(f"{directory}: the weights cannot be read: {cause}; copy the base again") from error
-    return Base(model=model, params=params, digest=record["digest"], source=record["source"])
+    digest = record["digest"]
+    if quantise is not None and rounding and not keep_digest:
+        digest = digest_quantised(digest, quantise)
+    return Base(model=model, params=params, digest=digest, source=record["source"])
+
+
+def _placed(model: Model, mesh: Mesh | None) -> Params:
+    """`Model.abstract` with shardings. Always said: left out, Orbax looks for the devices that saved the weights."""
+    alone = SingleDeviceSharding(jnp.zeros(()).device)
+    target = model.abstract()
+    shardings = jax.tree.map(lambda _: alone, target) if mesh is None else model.shardings(mesh)
+    return jax.tree.map(_with_sharding, target, shardings)
+
+
+def _restore_rounded(weights: Path, stored: Params, model: Model, wanted: Params) -> Params:
+    """The parameters of a quantised model from those that were stored in full; one of them is in memory at a time."""
+    names, target, params = flatten_named(stored), flatten_named(wanted), {}
+    nothing = dict.fromkeys(names, ocp.PLACEHOLDER)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for name, like in names.items():
+            item = unflatten_named({**nothing, name: like})
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            restored = checkpointer.restore(weights, args=ocp.args.PyTreeRestore(item=item, restore_args=arguments))
+            leaf = flatten_named(restored)[name]
+            if name in target:
+                params[name] = leaf
+                continue
+            parts = (name + VALUES, name + SCALES)
+            round_leaf = functools.partial(round_weight, rule=model.quantise_rule(name))
+            shardings = Quantised(*(target[part].sharding for part in parts))
+            params |= zip(parts, jax.jit(round_leaf, out_shardings=shardings)(leaf), strict=True)
+    return unflatten_named(params)
 
 
 def _check_stored(metadata: Any, target: Params, weights: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from popax.errors import ConfigError
 from popax.modeling.block_config import MLAConfig, MoEConfig, check_keys, check_whole, from_mapping
+from popax.modeling.quantise_rules import QuantiseRules, as_rules
 
 RopeLayout = Literal["half", "interleaved"]
 DTYPES = ("float32", "bfloat16")
@@ -93,8 +94,9 @@ class ModelConfig:
     ("interleaved", the original Llama). attention_bias: biases on q, k and v; output_bias: on o. qk_norm: RMS norms
     over head_dim on q and k before RoPE (Qwen3). moe: mixtures of experts in place of the dense MLPs. mla: latent
     attention; head_dim is then that of a query, nope and rope features together. Both may be mappings of their fields.
-    dtype: of activations and matmuls; norms, RoPE, softmax and logits
-    are float32. param_dtype: of the stored weights.
+    quantise: weights that are kept in fewer bits, as QuantiseRules or in a word (int8, fp8, int4, int4:64); such a base
+    cannot be trained. dtype: of activations and matmuls; norms, RoPE, softmax and logits are float32. param_dtype: of
+    the other stored weights.
     """
 
     vocab_size: int
@@ -116,6 +118,7 @@ class ModelConfig:
     max_seq_len: int = 2048
     moe: MoEConfig | None = None
     mla: MLAConfig | None = None
+    quantise: QuantiseRules | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -133,6 +136,7 @@ class ModelConfig:
         if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
             raise ConfigError(f"norm_eps={self.norm_eps}: a finite number above 0")
         object.__setattr__(self, "rope_scaling", _as_rope_scaling(self.rope_scaling))
+        object.__setattr__(self, "quantise", as_rules(self.quantise))
         self._check_blocks()
         if self.rope_layout not in ("half", "interleaved"):
             raise ConfigError(f"rope_layout={self.rope_layout!r}: 'half' or 'interleaved'")
@@ -164,10 +168,10 @@ class ModelConfig:
         return self.head_dim if self.mla is None else self.mla.rope_head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back. Without moe and mla where they are None."""
+        """Plain JSON values; `from_dict` reads them back. Without moe, mla and quantise where they are None."""
         # A dense model's record, and with it the digest, is what it was before there were others.
-        fields = dataclasses.asdict(self).items()
-        record: dict[str, Any] = {key: value for key, value in fields if value is not None or key not in ("moe", "mla")}
+        fields, added = dataclasses.asdict(self).items(), ("moe", "mla", "quantise")
+        record: dict[str, Any] = {key: value for key, value in fields if value is not None or key not in added}
         if self.rope_scaling is not None:
             kind = next(name for name, cls in ROPE_SCALINGS.items() if isinstance(self.rope_scaling, cls))
             record["rope_scaling"] = {"rope_type": kind, **record["rope_scaling"]}

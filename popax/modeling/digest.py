@@ -1,5 +1,6 @@
 """A name for a base's weights that does not depend on how they are split, placed or loaded."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from popax.modeling.config import ModelConfig
+from popax.modeling.quantise_rules import QuantiseRules
 from popax.trees import flatten_named
 from popax.types import Params
 
@@ -37,6 +39,12 @@ def digest_params(params: Params, config: ModelConfig | None = None) -> str:
     say) could have equal weights.
     """
     return digest_records((_record(name, leaf) for name, leaf in flatten_named(params).items()), config)
+
+
+def digest_quantised(digest: str, rules: QuantiseRules) -> str:
+    """The digest of the base of this digest once it is quantised by these rules, which say all about the rounding."""
+    content = {"base": digest, "quantise": dataclasses.asdict(rules)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _record(name: str, leaf) -> TensorRecord:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from popax.errors import ConfigError
 from popax.modeling.experts import (
     Choice,
     ExpertWeights,
@@ -27,6 +28,7 @@ from popax.modeling.experts import (
     experts_forward,
     padded,
 )
+from popax.modeling.quantised import Quantised, Weight, per_channel
 from popax.sharding import ShardingRules
 from popax.types import ExpertFactors
 
@@ -72,11 +74,31 @@ class Spread(NamedTuple):
         """Experts lie where their weights do; the rank is whole everywhere."""
         return PartitionSpec(slots or None, self.expert or None, None, self.ffw or None)
 
-    @property
-    def weights(self) -> ExpertWeights:
+    def weights(self, like: ExpertWeights) -> ExpertWeights:
+        """A PartitionSpec for each array of `like`; the factor of a whole channel is cut along with channels only."""
         expert, embed, ffw = (names or None for names in (self.expert, self.embed, self.ffw))
-        specs: list[Any] = [PartitionSpec(expert, embed, ffw)] * 2 + [PartitionSpec(expert, ffw, embed)]
-        return ExpertWeights(*specs)
+
+        def specs(weight: Weight, rows: Any, columns: Any) -> Any:
+            whole = PartitionSpec(expert, rows, columns)
+            if not isinstance(weight, Quantised):
+                return whole
+            if per_channel(weight):
+                return Quantised(whole, PartitionSpec(expert, None, columns))
+            _check_groups(weight, rows or ())
+            return Quantised(whole, whole)
+
+        gate, up = (specs(weight, embed, ffw) for weight in (like.gate_ExDxF, like.up_ExDxF))
+        return ExpertWeights(gate, up, specs(like.down_ExFxD, ffw, embed))
+
+
+def _check_groups(weight: Quantised, axes: tuple[str, ...]) -> None:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    groups, parts = weight.scales.shape[1], math.prod(sizes[name] for name in axes)
+    if groups % parts:
+        raise ConfigError(
+            f"experts {weight.values.shape} quantised in {groups} groups of their input features are cut in {parts} "
+            f"over {', '.join(axes)}: take smaller groups, or fewer devices there"
+        )
 
 
 def spread(rules: ShardingRules) -> Spread | None:
@@ -110,7 +132,7 @@ def forward(
         choice = _local_choice(_gather(choice, mesh), own, factors, mesh, slots)
         return _scatter(experts_forward(_gather(values, mesh), choice, own, factors, stretch=stretch), mesh)
 
-    in_specs = (mesh.tokens, mesh.tokens, mesh.weights, mesh.factors(slots))
+    in_specs = (mesh.tokens, mesh.tokens, mesh.weights(weights), mesh.factors(slots))
     run = _per_device(on_device, mesh, in_specs, mesh.tokens)
     return jax.tree.map(lambda leaf: leaf[:tokens], run(values, choice, weights, factors))
 
@@ -145,8 +167,9 @@ def backward(
         dfactors = jax.lax.psum(dfactors, others) if others else dfactors
         return _scatter(dvalues, mesh), dweights, dfactors
 
-    in_specs = (*(mesh.tokens,) * 3, mesh.weights, mesh.factors(slots))
-    out_specs = (mesh.tokens, mesh.weights if trained else None, mesh.factors(slots))
+    specs = mesh.weights(weights)
+    in_specs = (*(mesh.tokens,) * 3, specs, mesh.factors(slots))
+    out_specs = (mesh.tokens, specs if trained else None, mesh.factors(slots))
     run = _per_device(on_device, mesh, in_specs, out_specs)
     dvalues, dweights, dfactors = run(values, choice, cotangent, weights, factors)
     return jax.tree.map(lambda leaf: leaf[:tokens], dvalues), dweights, dfactors
@@ -163,7 +186,7 @@ def _stretch(tokens: int, factors: ExpertFactors | None) -> int | None:
 
 def _fill(mesh: Spread, weights: ExpertWeights, *operands: Any) -> Any:
     """Tokens up to a multiple of the devices, those added being of no expert."""
-    tokens, none = jax.tree.leaves(operands)[0].shape[0], weights.gate_ExDxF.shape[0]
+    tokens, none = jax.tree.leaves(operands)[0].shape[0], weights.count
     return jax.tree.map(lambda operand: padded(operand, -tokens % mesh.devices, none), operands)
 
 
@@ -180,7 +203,7 @@ def _local_choice(
     choice: Choice, own: ExpertWeights, factors: ExpertFactors | None, mesh: Spread, slots: tuple[str, ...]
 ) -> Choice:
     """This device's numbers of the experts, and of the slots; the experts of others, and no expert, become `count`."""
-    count = own.gate_ExDxF.shape[0]
+    count = own.count
     first = jax.lax.axis_index(mesh.expert) * count if mesh.expert else 0
     local_MxK = choice.expert_MxK - first
     local_MxK = jnp.where((local_MxK >= 0) & (local_MxK < count), local_MxK, count).astype(jnp.int32)
@@ -194,14 +217,22 @@ def _whole(weights: ExpertWeights, mesh: Spread) -> ExpertWeights:
     """The experts of this device with all of their embed features, which other devices may keep."""
     if not mesh.embed:
         return weights
-    parts = zip(weights, EMBED_AXES, strict=True)
-    return ExpertWeights(*(jax.lax.all_gather(w, mesh.embed, axis=axis, tiled=True) for w, axis in parts))
+
+    def gather(weight: Weight, axis: int) -> Weight:
+        if not isinstance(weight, Quantised):
+            return jax.lax.all_gather(weight, mesh.embed, axis=axis, tiled=True)
+        # In fewer bits, on the way as well; a factor for all input features is here already.
+        here = axis == 1 and per_channel(weight)
+        return Quantised(gather(weight.values, axis), weight.scales if here else gather(weight.scales, axis))
+
+    return ExpertWeights(*(gather(w, axis) for w, axis in zip(weights, EMBED_AXES, strict=True)))
 
 
 def _reduced(dweights: ExpertWeights, mesh: Spread) -> ExpertWeights:
     """Gradients of the weights over all tokens, each device keeping the part it has of the weights."""
 
-    def reduce(dw: jax.Array, axis: int) -> jax.Array:
+    def reduce(dw: Weight, axis: int) -> Weight:
+        assert not isinstance(dw, Quantised), "quantised experts are not trained"
         if mesh.embed:
             dw = jax.lax.psum_scatter(dw, mesh.embed, scatter_dimension=axis, tiled=True)
         others = tuple(name for name in mesh.outer if name not in mesh.embed)

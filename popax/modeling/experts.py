@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from popax.kernels.grouped_matmul import grouped_matmul, grouped_matmul_back, grouped_outer
+from popax.kernels.grouped_matmul import grouped_outer
 from popax.modeling.expert_factors import SlotRows
+from popax.modeling.grouped import grouped_product, grouped_product_back
+from popax.modeling.quantised import Weight, dense
 from popax.types import ExpertFactors
 
 # Tokens whose sorted copies are in memory at once: K copies of each, of embed_dim and of expert_ffw_dim features.
@@ -21,11 +23,16 @@ CHUNK_TOKENS = 4096
 
 
 class ExpertWeights(NamedTuple):
-    """The MLPs of E experts: y = (silu(x gate) * (x up)) down."""
+    """The MLPs of E experts: y = (silu(x gate) * (x up)) down. Each may be Quantised, and is then not trained."""
 
-    gate_ExDxF: jax.Array
-    up_ExDxF: jax.Array
-    down_ExFxD: jax.Array
+    gate_ExDxF: Weight
+    up_ExDxF: Weight
+    down_ExFxD: Weight
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return jax.tree.leaves(self)[0].shape[0]
 
 
 class Values(NamedTuple):
@@ -67,14 +74,16 @@ def experts_forward(
 ) -> Outputs:
     """The outputs of E experts. stretch: tokens are in stretches of so many with one slot; None for any order."""
 
+    weights = _converted(weights, values.x_MxD)
+
     def chunk(_: None, values: Values, choice: Choice):
-        own = SlotRows.of(*choice, weights.gate_ExDxF.shape[0], factors, stretch)
+        own = SlotRows.of(*choice, weights.count, factors, stretch)
         gate_RxF, up_RxF = _inner(values, weights, own)
         hidden_RxF = _weighted(gate_RxF, up_RxF, own.rows.of_copies(values.weight_MxK))
-        out_RxD = grouped_matmul(hidden_RxF, weights.down_ExFxD.astype(hidden_RxF.dtype), own.rows.sizes_E)
+        out_RxD = grouped_product(hidden_RxF, weights.down_ExFxD, own.rows.sizes_E)
         return None, Outputs(own.rows.to_tokens(out_RxD), own.to_low(hidden_RxF, own.down))
 
-    return _in_chunks(chunk, None, weights.gate_ExDxF.shape[0], values, choice)[1]
+    return _in_chunks(chunk, None, weights.count, values, choice)[1]
 
 
 def experts_backward(
@@ -92,17 +101,20 @@ def experts_backward(
     The hidden features are computed again; the last product of the forward pass is not.
     """
 
+    zeros = (jax.tree.map(jnp.zeros_like, weights) if trained else None, jax.tree.map(jnp.zeros_like, factors))
+    weights = _converted(weights, values.x_MxD)
+
     def chunk(sums, values: Values, choice: Choice, cotangent: Outputs):
-        (weight_sums, factor_sums), dtype = sums, values.x_MxD.dtype
-        own = SlotRows.of(*choice, weights.gate_ExDxF.shape[0], factors, stretch)
+        weight_sums, factor_sums = sums
+        own = SlotRows.of(*choice, weights.count, factors, stretch)
         rows = own.rows
         gate_RxF, up_RxF = _inner(values, weights, own)
         hidden_RxF, back = jax.vjp(_weighted, gate_RxF, up_RxF, rows.of_copies(values.weight_MxK))
         dy_RxD = rows.of_tokens(cotangent.y_MxD)
-        dhidden_RxF = grouped_matmul_back(dy_RxD, weights.down_ExFxD.astype(dtype), rows.sizes_E)
+        dhidden_RxF = grouped_product_back(dy_RxD, weights.down_ExFxD, rows.sizes_E)
         dgate_RxF, dup_RxF, dweight_R = back(own.added(dhidden_RxF, cotangent.low_MxQ, own.down))
-        dx_RxD = grouped_matmul_back(dgate_RxF, weights.gate_ExDxF.astype(dtype), rows.sizes_E)
-        dx_RxD = dx_RxD + grouped_matmul_back(dup_RxF, weights.up_ExDxF.astype(dtype), rows.sizes_E)
+        dx_RxD = grouped_product_back(dgate_RxF, weights.gate_ExDxF, rows.sizes_E)
+        dx_RxD = dx_RxD + grouped_product_back(dup_RxF, weights.up_ExDxF, rows.sizes_E)
         if weight_sums is not None:
             x_RxD = rows.of_tokens(values.x_MxD)
             pairs = ((x_RxD, dgate_RxF), (x_RxD, dup_RxF), (hidden_RxF, dy_RxD))
@@ -115,16 +127,20 @@ def experts_backward(
         lows = (own.to_low(dgate_RxF, own.gate), own.to_low(dup_RxF, own.up))
         return (weight_sums, factor_sums), Values(rows.to_tokens(dx_RxD), dweight_MxK, *lows)
 
-    zeros = (jax.tree.map(jnp.zeros_like, weights) if trained else None, jax.tree.map(jnp.zeros_like, factors))
     operands = (values, choice, cotangent)
-    (weight_sums, factor_sums), gradients = _in_chunks(chunk, zeros, weights.gate_ExDxF.shape[0], *operands)
+    (weight_sums, factor_sums), gradients = _in_chunks(chunk, zeros, weights.count, *operands)
     return gradients, weight_sums, factor_sums
+
+
+def _converted(weights: ExpertWeights, x_MxD: jax.Array) -> ExpertWeights:
+    """In x's dtype where several chunks meet them: a factor for each of all their rows would move more than weights."""
+    return ExpertWeights(*(dense(w, x_MxD.dtype) for w in weights)) if x_MxD.shape[0] > CHUNK_TOKENS else weights
 
 
 def _inner(values: Values, weights: ExpertWeights, own: SlotRows) -> tuple[jax.Array, jax.Array]:
     x_RxD, sizes_E = own.rows.of_tokens(values.x_MxD), own.rows.sizes_E
-    gate_RxF = grouped_matmul(x_RxD, weights.gate_ExDxF.astype(x_RxD.dtype), sizes_E)
-    up_RxF = grouped_matmul(x_RxD, weights.up_ExDxF.astype(x_RxD.dtype), sizes_E)
+    gate_RxF = grouped_product(x_RxD, weights.gate_ExDxF, sizes_E)
+    up_RxF = grouped_product(x_RxD, weights.up_ExDxF, sizes_E)
     return own.added(gate_RxF, values.gate_MxQ, own.gate), own.added(up_RxF, values.up_MxQ, own.up)
 
 

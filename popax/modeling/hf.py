@@ -13,6 +13,7 @@ from popax.modeling.block_scaled import SUFFIX, BlockScaled
 from popax.modeling.config import ModelConfig
 from popax.modeling.hf_config import model_config
 from popax.modeling.model import Model
+from popax.modeling.rounded import rounded_sources
 from popax.modeling.shards import Source
 from popax.modeling.stored_weights import StoredWeights
 from popax.modeling.tensor_files import StoredTensor, open_tensors
@@ -40,7 +41,7 @@ PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers")  # as published, and
 
 
 def read_config(directory: Path, *, dtype: str | None = None, param_dtype: str | None = None) -> ModelConfig:
-    """The ModelConfig of a directory's config.json."""
+    """The ModelConfig of a directory's config.json; not quantised."""
     source = str(directory / CONFIG)
     return model_config(_read_record(directory), source=source, dtype=dtype, param_dtype=param_dtype)
 
@@ -57,12 +58,12 @@ def _read_record(directory: Path) -> dict[str, Any]:
 
 
 def open_weights(directory: Path, model: Model) -> StoredWeights:
-    """The weights in a directory's files, whose headers are read and data is not.
+    """The weights in a directory's files, whose headers are read and data is not; quantised as the model is.
 
     Raises CheckpointError, naming every tensor that is missing, of a wrong shape, or not the model's.
     """
     tensors = open_tensors(directory)
-    sources = _match(model, tensors, directory)
+    sources = rounded_sources(model, _match(model.unquantised, tensors, directory))
     tied = model.config.tied_embeddings and {EMBEDDING, HEAD} <= set(tensors)
     equal = (tensors[HEAD], tensors[EMBEDDING]) if tied else None
     return StoredWeights(directory=directory, model=model, sources=sources, equal=equal)

@@ -45,7 +45,7 @@ class LatentAttention(nnx.Module):
     and values'; o_proj."""
 
     def __init__(self, name: str, config: ModelConfig, mla: MLAConfig, *, rngs: nnx.Rngs, out_std: float):
-        options = {"param_dtype": config.param_dtype, "rngs": rngs}
+        options = {"param_dtype": config.param_dtype, "rngs": rngs, "quantise": config.quantise}
         embed, latent, queries = config.embed_dim, mla.kv_latent_dim, config.num_heads * config.head_dim
         values = config.num_heads * mla.v_head_dim
         self.config, self.mla = config, mla
@@ -114,7 +114,7 @@ class LatentAttention(nnx.Module):
             keys_values = self._expanded(latent_BxSxc, site_fn)
             return dot_product_attention(q_BxTxHxd, *keys_values, mask_BxTxS, scale=scale)
         latent, nope = self.mla.kv_latent_dim, self.mla.nope_head_dim
-        w_CxHxd = split_heads(self.kv_b_proj.kernel[...].astype(q_BxTxHxd.dtype)[None], self.config.num_heads)[0]
+        w_CxHxd = split_heads(self.kv_b_proj.matrix(q_BxTxHxd.dtype)[None], self.config.num_heads)[0]
         absorbed_BxTxHxC = jnp.einsum("bthn,chn->bthc", q_BxTxHxd[..., :nope], w_CxHxd[..., :nope])
         query_BxTxHxc = jnp.concatenate((absorbed_BxTxHxC, q_BxTxHxd[..., nope:]), axis=-1)
         # One key head for all queries, and the latents are its values.

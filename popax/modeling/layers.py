@@ -5,13 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from popax.modeling.quantise_rules import QuantiseRules
+from popax.modeling.quantised import contract, dense, make_kernel, read_kernel
 from popax.modeling.remat import named_projection
 from popax.types import SiteFn
 
 
 class Linear(nnx.Module):
-    """y = x W + b at a site, W [d_in, d_out]; what the site's adapter makes of (x, y) is the output."""
+    """y = x W + b at a site, W [d_in, d_out]; what the site's adapter makes of (x, y) is the output.
+
+    quantise: W is kept as the rule of the site says.
+    """
 
     def __init__(
         self,
@@ -23,18 +29,24 @@ class Linear(nnx.Module):
         param_dtype: str,
         rngs: nnx.Rngs,
         std: float | None = None,
+        quantise: QuantiseRules | None = None,
     ):
         self.site = site
         # Without std, the output of a unit-variance input has unit variance.
         std = 1 / math.sqrt(shape[0]) if std is None else std
-        self.kernel = nnx.Param(normal(rngs, shape, std, param_dtype), axes=axes)
+        rule = None if quantise is None else quantise.rule(site)
+        self.kernel = make_kernel(normal(rngs, shape, std, param_dtype), axes, rule)
         self.bias = nnx.Param(jnp.zeros(shape[1], param_dtype), axes=axes[1:]) if bias else None
 
     def product(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...d,df->...f", x, self.kernel[...].astype(x.dtype))
+        y = contract(x, read_kernel(self.kernel))
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
         return y
+
+    def matrix(self, dtype: DTypeLike) -> jax.Array:
+        """W, as an array of this dtype."""
+        return dense(read_kernel(self.kernel), dtype)
 
     def __call__(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
         return project(x, site_fn, self)[0]
@@ -79,10 +91,19 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(
-        self, name: str, embed_dim: int, ffw_dim: int, *, bias: bool, param_dtype: str, rngs: nnx.Rngs, out_std: float
+        self,
+        name: str,
+        embed_dim: int,
+        ffw_dim: int,
+        *,
+        bias: bool,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+        out_std: float,
+        quantise: QuantiseRules | None = None,
     ):
         wide, narrow = (embed_dim, ffw_dim), (ffw_dim, embed_dim)
-        options = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"bias": bias, "param_dtype": param_dtype, "rngs": rngs, "quantise": quantise}
         self.gate_proj = Linear(f"{name}.gate_proj", wide, ("embed", "ffw"), **options)
         self.up_proj = Linear(f"{name}.up_proj", wide, ("embed", "ffw"), **options)
         self.down_proj = Linear(f"{name}.down_proj", narrow, ("ffw", "embed"), std=out_std, **options)

@@ -13,6 +13,8 @@ from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache
 from popax.modeling.config import ModelConfig
+from popax.modeling.quantise_rules import QuantiseRule
+from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, dotted, kernel_name, quantisable, stored_weight
 from popax.modeling.remat import Remat
 from popax.modeling.rope import cos_sin
 from popax.modeling.stacks import Stack, stack_sites, stacks
@@ -41,7 +43,7 @@ class Model:
     rules: how an ambient mesh (`jax.set_mesh`) is used, and by default where params lie on a mesh.
     params is a nested dict: {"embed", "layers", "final_norm", "lm_head" (untied only)}, and "dense_layers" where there
     are such before the first mixture of experts; kernels are [d_in, d_out], and everything in a stack of layers has the
-    layer axis first.
+    layer axis first. A quantised kernel is {"values", "scales"} in the place of its array.
     """
 
     config: ModelConfig
@@ -57,6 +59,8 @@ class Model:
             abstract = nnx.eval_shape(lambda stack=stack: Block(self.config, stack, rngs=nnx.Rngs(params=0)))
             blocks[name], state = nnx.split(abstract)
             variables |= {"/".join(map(str, (name, *path))): leaf for path, leaf in nnx.to_flat_state(state)}
+        if self.config.quantise is not None:
+            self.config.quantise.check(quantisable(variables))
         return blocks, ends, dict(sorted(variables.items()))
 
     @functools.cached_property
@@ -111,14 +115,25 @@ class Model:
                 ) from error
         return unflatten_named(named)
 
+    @property
+    def unquantised(self) -> "Model":
+        """The model with all weights as arrays of param_dtype."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, quantise=None))
+
+    def quantise_rule(self, kernel: str) -> QuantiseRule:
+        """The rule of a kernel's parameters (layers/attn/q_proj/kernel), which has one."""
+        rule = None if self.config.quantise is None else self.config.quantise.rule(dotted(kernel))
+        assert rule is not None, kernel
+        return rule
+
     def _layered(self, name: str) -> tuple[int, ...]:
         stack = self.stacks.get(name.partition("/")[0])
         return () if stack is None else (stack.num_layers,)
 
     @property
     def num_params(self) -> int:
-        """Parameters of the base; tied embeddings count once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract()))
+        """Parameters of the base; tied embeddings count once, and a quantised weight's factors are none."""
+        return sum(leaf.size for name, leaf in flatten_named(self.abstract()).items() if not name.endswith(SCALES))
 
     def sites(self) -> dict[str, SiteInfo]:
         """The linear maps an adapter may act on, in the order of the forward pass."""
@@ -126,7 +141,8 @@ class Model:
         found = {}
 
         def add(site: str, layers: int, first_layer: int) -> None:
-            kernel = _kernel_name(site)
+            kernel = kernel_name(site)
+            kernel = kernel if kernel in abstract else kernel + VALUES
             (d_in, d_out), own = abstract[kernel].shape[-2:], axes[kernel][-2:]
             shape = {"d_in": d_in, "d_out": d_out, "axes": own}
             if "expert" in axes[kernel]:
@@ -142,22 +158,31 @@ class Model:
         return found
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
-        """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts."""
-        return flatten_named(params)[self.weight_name(site)]
+        """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts.
+
+        In param_dtype; of a quantised weight, what its values and factors stand for.
+        """
+        return dense(stored_weight(flatten_named(params), self.weight_name(site)), self.config.param_dtype)
 
     def weight_name(self, site: str) -> str:
         """The name in params of the weight at a site. Raises SiteError where there is no such site."""
         sites = self.sites()
         if site not in sites:
             raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
-        return _kernel_name(site)
+        return kernel_name(site)
 
     def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:
-        """params with another weight at a site, of the same shape; the other leaves are shared."""
-        old = self.site_weight(params, site)
+        """params with another weight at a site, of the same shape; the other leaves are shared.
+
+        Raises SiteError where the site's weight is quantised: rounding what is added to it would lose the most of it.
+        """
+        flat, name = flatten_named(params), self.weight_name(site)
+        old = stored_weight(flat, name)
+        if isinstance(old, Quantised):
+            raise SiteError(f"the weight at {site} is quantised, and takes no other: load the base without quantise")
         if weight.shape != old.shape:
             raise SiteError(f"the weight at {site} has shape {old.shape}; it cannot become {weight.shape}")
-        return unflatten_named({**flatten_named(params), self.weight_name(site): weight.astype(old.dtype)})
+        return unflatten_named({**flat, name: weight.astype(old.dtype)})
 
     def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the embedding table, [B, T, D] in the compute dtype."""
@@ -256,7 +281,3 @@ class Model:
 
     def _ends(self, params: Params) -> Any:
         return nnx.merge(self._graphs[1], {name: leaf for name, leaf in params.items() if name not in self.stacks})
-
-
-def _kernel_name(site: str) -> str:
-    return site.replace(".", "/") + "/kernel"

@@ -9,6 +9,8 @@ from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.modeling.experts import Choice, ExpertWeights, Values
 from popax.modeling.layers import SwiGLU, normal, project
+from popax.modeling.quantise_rules import QuantiseRules
+from popax.modeling.quantised import make_kernel, read_kernel
 from popax.modeling.routed import routed_experts
 from popax.modeling.router import Router
 from popax.sharding import ShardingRules
@@ -27,18 +29,19 @@ class ExpertLinear(nnx.Module):
         std: float,
         param_dtype: str,
         rngs: nnx.Rngs,
+        quantise: QuantiseRules | None,
     ):
         self.site = site
-        self.kernel = nnx.Param(normal(rngs, shape, std, param_dtype), axes=("expert", *axes))
+        rule = None if quantise is None else quantise.rule(site)
+        self.kernel = make_kernel(normal(rngs, shape, std, param_dtype), ("expert", *axes), rule)
 
 
 class Experts(nnx.Module):
     """The MLPs among which the router chooses."""
 
-    def __init__(
-        self, name: str, embed_dim: int, config: MoEConfig, *, param_dtype: str, rngs: nnx.Rngs, out_std: float
-    ):
-        count, ffw, options = config.num_experts, config.expert_ffw_dim, {"param_dtype": param_dtype, "rngs": rngs}
+    def __init__(self, name: str, config: ModelConfig, moe: MoEConfig, *, rngs: nnx.Rngs, out_std: float):
+        count, embed_dim, ffw = moe.num_experts, config.embed_dim, moe.expert_ffw_dim
+        options = {"param_dtype": config.param_dtype, "rngs": rngs, "quantise": config.quantise}
         in_std = 1 / math.sqrt(embed_dim)
         wide, narrow = (count, embed_dim, ffw), (count, ffw, embed_dim)
         self.gate_proj = ExpertLinear(f"{name}.gate_proj", wide, ("embed", "expert_ffw"), std=in_std, **options)
@@ -50,7 +53,7 @@ class Experts(nnx.Module):
     ) -> jax.Array:
         """The sum over a token's experts of weight * mlp_e(x), with what adapters make of them. rules: as in Model."""
         parts = (self.gate_proj, self.up_proj, self.down_proj)
-        weights = ExpertWeights(*(part.kernel[...] for part in parts))
+        weights = ExpertWeights(*(read_kernel(part.kernel) for part in parts))
         terms = site_fn.expert_terms(x_BxTxD, (parts[0].site, parts[1].site, parts[2].site))
         x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
         if terms is None:
@@ -74,9 +77,9 @@ class MoE(nnx.Module):
         options = {"param_dtype": config.param_dtype, "rngs": rngs}
         self.router = Router(f"{name}.router", config.embed_dim, moe, **options)
         out_std = shrink / math.sqrt(moe.expert_ffw_dim)
-        self.experts = Experts(f"{name}.experts", config.embed_dim, moe, **options, out_std=out_std)
+        self.experts = Experts(f"{name}.experts", config, moe, rngs=rngs, out_std=out_std)
         dims, out_std = (config.embed_dim, moe.shared_ffw_dim), shrink / math.sqrt(max(moe.shared_ffw_dim, 1))
-        wanted = {"bias": config.mlp_bias, **options, "out_std": out_std}
+        wanted = {"bias": config.mlp_bias, **options, "out_std": out_std, "quantise": config.quantise}
         self.shared = SwiGLU(f"{name}.shared", *dims, **wanted) if moe.shared_ffw_dim else None
 
     def __call__(

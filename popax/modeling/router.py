@@ -23,7 +23,7 @@ class Router(Linear):
         self.config = config
 
     def product(self, x: jax.Array) -> jax.Array:
-        wide, kernel_DxE = x.astype(jnp.float32), self.kernel[...].astype(jnp.float32)
+        wide, kernel_DxE = x.astype(jnp.float32), self.matrix(jnp.float32)
         return jnp.einsum("...d,de->...e", wide, kernel_DxE, precision=jax.lax.Precision.HIGHEST)
 
     def choose(self, logits_MxE: jax.Array, recorded_MxK: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

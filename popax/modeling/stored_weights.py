@@ -41,7 +41,7 @@ class StoredWeights:
         verify: bool = False,
         exchange: bool | None = None,
     ) -> tuple[Params, str]:
-        """(params as model.config.param_dtype, digest of the tensors as stored), in one pass over the files.
+        """(params as the model has them, digest of the tensors as stored), in one pass over the files.
 
         Host memory holds the shards of this process and, beside them, a strip of a tensor for each thread. exchange:
         every process reads an equal share of each tensor's rows and the devices swap, one parameter at a time, so that
@@ -130,7 +130,7 @@ class StoredWeights:
             )
         parts = (part for name in self.sources for part in self._stored(name))
         records = (TensorRecord(part.name, part.dtype, part.shape, hashes[part.name]) for part in parts)
-        digest = digest_records(records, self.model.config)
+        digest = digest_records(records, self.model.unquantised.config)
         digests = group.gather(digest)
         if len(set(digests)) > 1:
             found = ", ".join(f"process {index}: {value[:12]}" for index, value in enumerate(digests))

@@ -41,6 +41,7 @@ class Block(nnx.Module):
             param_dtype=config.param_dtype,
             rngs=rngs,
             out_std=shrink / math.sqrt(config.ffw_dim),
+            quantise=config.quantise,
         )
 
     def __call__(
@@ -87,7 +88,7 @@ class Ends(nnx.Module):
         if frozen and self.lm_head is None:
             return frozen_head_nats(x, targets, self.embed.embedding[...], rules, vocab_first=True)
         if frozen and self.lm_head is not None and not site_fn.adapts(self.lm_head.site):
-            return frozen_head_nats(x, targets, self.lm_head.kernel[...], rules, vocab_first=False)
+            return frozen_head_nats(x, targets, self.lm_head.matrix(x.dtype), rules, vocab_first=False)
         return cross_entropy(self.logits(x, site_fn), targets)
 
 
@@ -96,10 +97,11 @@ class Head(Linear):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape, options = (config.embed_dim, config.vocab_size), {"param_dtype": config.param_dtype, "rngs": rngs}
+        options["quantise"] = config.quantise
         super().__init__("lm_head", shape, ("embed", "vocab"), bias=False, std=0.02, **options)
 
     def product(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,dv->...v", x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,dv->...v", x, self.matrix(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Context(NamedTuple):

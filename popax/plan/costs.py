@@ -21,6 +21,7 @@ PARTIAL_READS = {"dynamic-slice", "slice", "gather"}
 # Written in place, and the operand that holds what is written.
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 PASSED_ON = {"tuple", "bitcast", "custom-call", *COLLECTIVES}
+ALIASED = "output_to_operand_aliasing={{}: (0, {})}"
 # What the compiler calls the kernel that it makes of `jax.lax.ragged_dot`.
 GROUPED = "ragged-dot"
 VIEWS = ("ConcatBitcast", "AllocateBuffer", "AsyncCollective", "GatherScatterIndicesBitpacked", "AssumeGatherIndices")
@@ -168,6 +169,9 @@ def _read(fused: Computation, module: Module, parameter: Instruction) -> int:
             total += user.nbytes
         elif user.opcode in IN_PLACE and places == [0]:
             continue
+        elif user.opcode == "fusion" and ALIASED in user.text:
+            # Laid out anew in place: what is read of the result is what is read.
+            total += _read(fused, module, user)
         elif user.opcode == "fusion":
             inner = module.computations[called(user)[0]]
             inside = {each.literal: each for each in inner.instructions.values() if each.opcode == "parameter"}

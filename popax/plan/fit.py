@@ -84,8 +84,8 @@ def advice(config: PlanConfig, model: ModelConfig, compiled: Compiled) -> Iterat
     if base > limit:
         yield f"  no step fits without the base: at least {-(-base * config.slice.chips // limit)} chips for it alone"
     yield f"  twice the fsdp ({mesh.fsdp * 2}, on twice the chips or at half the population): {-base / 2 / GB:+.2f} GB"
-    if model.param_dtype == "bfloat16":
-        yield f"  an int8 base (weight-only): about {-base / 2 / GB:+.2f} GB"
+    if model.param_dtype == "bfloat16" and model.quantise is None:
+        yield f"  ModelConfig.quantise = 'int8': about {-base / 2 / GB:+.2f} GB"
     fewer = guess(config, compiled)
     if unit(config, compiled.step) <= fewer < count:
         yield f"  {name}={fewer} instead of {count}: fits (estimate: all but the base grows with it)"

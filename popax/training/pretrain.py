@@ -89,6 +89,10 @@ def pretrain(
     directory: where checkpoints go, and where a stopped run is found again; None keeps none.
     """
     hooks = hooks or PretrainHooks()
+    if model.config.quantise is not None:
+        raise ConfigError(
+            "ModelConfig.quantise: a quantised base is frozen; train it in full, and quantise it when it is read"
+        )
     transform = optimizer(config)
     state = _start(model, transform, config)
     saved = _Checkpoints(directory) if directory is not None else None

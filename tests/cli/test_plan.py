@@ -84,7 +84,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change_and_fails(gin_file, asked,
     assert code == 2
     assert "DOES NOT FIT" in shown
     assert "GB too much a chip" in shown
-    assert "int8 base" in shown
+    assert "ModelConfig.quantise" in shown
 
 
 def test_the_largest_population_is_compiled(gin_file, asked, tmp_path, capsys):

@@ -39,6 +39,21 @@ def test_every_row_meets_its_groups_matrix_transposed(operands, form):
     np.testing.assert_allclose(out[: len(group)], want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["matmul", "back"])
+def test_narrow_matrices_are_converted_where_they_are_used(form):
+    rng, sizes = np.random.default_rng(0), np.asarray((3, 0, 14), np.int32)
+    w = rng.integers(-127, 128, (3, 6, 7), np.int8)
+    rows = rng.normal(size=(20, 6 if form == "matmul" else 7)).astype(np.float32)
+    line = "ra,rab->rb" if form == "matmul" else "rb,rab->ra"
+    want = np.einsum(line, rows[:17].astype(np.float64), np.repeat(w, sizes, axis=0).astype(np.float64))
+    for run in (getattr(reference, f"blocked_{form}"), getattr(reference, f"ragged_{form}")):
+        out = run(jnp.asarray(rows), jnp.asarray(w), jnp.asarray(sizes))
+        assert out.dtype == jnp.float32
+        np.testing.assert_allclose(out[:17], want, rtol=1e-5, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="int8"):
+        getattr(pallas_gpu, form)(jnp.asarray(rows), jnp.asarray(w), jnp.asarray(sizes), interpret=True)
+
+
 @pytest.mark.parametrize(
     "form", [reference.blocked_outer, reference.tiled_outer, reference.ragged_outer, api.grouped_outer]
 )

@@ -132,6 +132,31 @@ ENTRY %main (x: f32[64,64], w: f32[64,64]) -> f32[64,64] {
     assert copied.accessed_bytes == copied.hbm_bytes == 5 * 4 * 64 * 64
 
 
+def test_a_stack_that_is_laid_out_anew_in_place_is_read_a_layer_at_a_time():
+    text = """HloModule m
+
+%copied (q: s8[9,64,64]) -> s8[9,64,64] {
+  %q = s8[9,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[9,64,64]{2,1,0:T(8,128)(4,1)} copy(%q)
+}
+
+%fused (p: s8[9,64,64], i: s32[]) -> s8[1,64,64] {
+  %p = s8[9,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %again = s8[9,64,64]{2,1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%copied
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = s8[1,64,64]{2,1,0} dynamic-slice(%again, %i, %zero, %zero), dynamic_slice_sizes={1,64,64}
+}
+
+ENTRY %main (w: s8[9,64,64], j: s32[]) -> s8[1,64,64] {
+  %w = s8[9,64,64]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %j = s32[] parameter(1)
+  ROOT %one = s8[1,64,64]{2,1,0} fusion(%w, %j), kind=kLoop, calls=%fused
+}
+"""  # noqa: E501
+    assert costs.count(parse(text)).hbm_bytes == 2 * 64 * 64 + 4
+
+
 def test_a_kernel_is_what_it_declares():
     text = """HloModule m
 

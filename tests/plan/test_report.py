@@ -123,7 +123,7 @@ def test_advice_names_numbers():
     said = "\n".join(fit.advice(dataclasses.replace(CONFIG, remat="none"), MODEL, large))
     assert "4.56 GB too much" in said  # (20 - 15.75) GiB
     assert "twice the fsdp (8, on twice the chips or at half the population): -2.15 GB" in said
-    assert "int8 base" in said
+    assert "ModelConfig.quantise" in said
     assert "users=8 instead of 16" in said  # 16 x (15.75 - 4) / (20 - 4) = 11.75, of 4 each
     assert "remat" in said
     assert "bfloat16" in said

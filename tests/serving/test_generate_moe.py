@@ -1,5 +1,7 @@
 """Mixed users on a mixture of experts with latent attention: each row is what its user alone would get."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,19 +37,20 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_invariant_5_a_batch_of_mixed_users_equals_each_user_alone(name):
-    params = MODEL.init(jax.random.key(0))
-    cohort = Cohort.of(AdapterConfig(rank=2, targets=TARGETS[name]), MODEL.sites())
+@pytest.mark.parametrize(("name", "quantise"), [("all", None), ("not_kv_b", "int8")])
+def test_invariant_5_a_batch_of_mixed_users_equals_each_user_alone(name, quantise):
+    model = Model(dataclasses.replace(MODEL.config, quantise=quantise))
+    params = model.init(jax.random.key(0))
+    cohort = Cohort.of(AdapterConfig(rank=2, targets=TARGETS[name]), model.sites())
     users = [
         jax.tree.map(lambda leaf, key=key: 0.3 * jax.random.normal(key, leaf.shape), cohort.init(key))
         for key in jax.random.split(jax.random.key(1), 2)
     ]
     mixed = bind_slots(cohort, stack_slots(cohort, users), {}, jnp.asarray(SLOTS, jnp.int32))
-    together = generate(MODEL, params, PROMPTS, adapt=mixed, max_new_tokens=8)
-    base = [row.tokens.tolist() for row in generate(MODEL, params, PROMPTS, max_new_tokens=8)]
+    together = generate(model, params, PROMPTS, adapt=mixed, max_new_tokens=8)
+    base = [row.tokens.tolist() for row in generate(model, params, PROMPTS, max_new_tokens=8)]
     for row, slot in enumerate(SLOTS):
         adapt = NO_ADAPT if slot < 0 else bind(cohort, users[slot], {})
-        (alone,) = generate(MODEL, params, [PROMPTS[row]], adapt=adapt, max_new_tokens=8)
+        (alone,) = generate(model, params, [PROMPTS[row]], adapt=adapt, max_new_tokens=8)
         np.testing.assert_array_equal(together[row].tokens, alone.tokens)
         assert (slot < 0) == (alone.tokens.tolist() == base[row])
