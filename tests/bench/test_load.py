@@ -34,7 +34,7 @@ def directory(tmp_path_factory):
 def test_a_process_has_its_shard_and_little_more(directory):
     """The shard is columns of most of what is stored, rows of the rest."""
     job = LoadJob(directory=str(directory), mesh="fsdp=2", processes=2, process=1, rounds=1, cold=False)
-    result = measure_apart(job)
+    (result,) = measure_apart([job])
     total = sum(value.nbytes for file in directory.glob("*.safetensors") for value in load_file(file).values())
     assert total / 2 <= result.shard_bytes < 0.51 * total  # norms are in both
     assert result.peak_bytes <= 1.3 * result.shard_bytes
@@ -108,4 +108,4 @@ def test_devices_of_a_mesh():
 def test_the_childs_error_is_the_parents(tmp_path):
     job = LoadJob(directory=str(tmp_path), mesh="tensor=2", processes=2, process=0, rounds=1, cold=False)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        measure_apart(job)
+        measure_apart([job])
