@@ -18,6 +18,7 @@ from popax.modeling.model import Model
 from popax.modeling.quantise_rules import QuantiseRule, QuantiseRules, as_rules
 from popax.modeling.quantised import Quantised, contract, dense, round_weight, stored_weight
 from popax.modeling.routed import routed_experts
+from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
 from tests.modeling.conftest import CONFIGS
 
@@ -123,7 +124,7 @@ def test_quantised_experts_are_dense_experts(rule, axes):
 
 def test_groups_that_a_mesh_would_cut_are_refused():
     rounded = jax.tree.map(jnp.asarray, round_weight(weight(E), QuantiseRule(dtype="int4", group=16), np))
-    specs = lambda: expert_parallel.spread().weights(ExpertWeights(rounded, rounded, rounded))  # noqa: E731
+    specs = lambda: expert_parallel.spread(ShardingRules()).weights(ExpertWeights(rounded, rounded, rounded))  # noqa: E731
     with mesh_of({"expert": 2, "fsdp": 4}), pytest.raises(ConfigError, match="2 groups"):
         specs()
 
