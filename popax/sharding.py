@@ -46,16 +46,18 @@ class ShardingRules:
         """The PartitionSpec of an array with these logical axes. Raises ConfigError on an unknown logical axis."""
         table = dict(self.rules)
         taken: set[str] = set()
-        entries: list[Any] = []
-        for axis in axes:
+        entries: list[Any] = [None] * len(axes)
+        # A mesh axis may shard one dimension of an array only: the first that asks for it gets it, but experts before
+        # users, so that adapters on experts lie where the experts do.
+        for at in sorted(range(len(axes)), key=lambda at: axes[at] != "expert"):
+            axis = axes[at]
             if axis is not None and axis not in table:
                 raise ConfigError(f"logical axis {axis!r} has no sharding rule; the rules know {', '.join(table)}")
             wanted = table[axis] if axis is not None else None
             names = (wanted,) if isinstance(wanted, str) else (wanted or ())
-            # A mesh axis may shard one dimension of an array only: the first that asks for it gets it.
             names = tuple(name for name in names if name in mesh.axis_names and name not in taken)
             taken.update(names)
-            entries.append(names[0] if len(names) == 1 else (names or None))
+            entries[at] = names[0] if len(names) == 1 else (names or None)
         return PartitionSpec(*entries)
 
     def sharding(self, axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
@@ -82,6 +84,18 @@ def make_mesh(text: str | None) -> Mesh:
             "the sizes multiply to their number"
         )
     return Mesh(np.array(jax.devices()).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def training_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What the compiler of a training step on this mesh is told beside its defaults; None for nothing.
+
+    A TPU's partitioner turns a gather of weights from all devices of a program, and from all only, into a ring of
+    partial products. By its own count that reads and writes more, and a step would do more work on one replica of the
+    population than on two. The option is a size in MiB that such products have at least: none has so much.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
 
 
 def shard_tree(tree: Any, shardings: Any) -> Any:

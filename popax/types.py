@@ -4,7 +4,7 @@ Shape letters: N population, B batch, T tokens, L layers, D embed, R rank, V voc
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -51,7 +51,9 @@ class SiteInfo:
     """One linear map of the model where an adapter may act: y = x W, W [layers, d_in, d_out] (layers = 0: unscanned).
 
     axes: the logical axes of W's (d_in, d_out), from which adapter shardings are derived. first_layer: the number in
-    the model of the first of these layers; above 0 where another stack comes before.
+    the model of the first of these layers; above 0 where another stack comes before. experts: above 0 where each of so
+    many experts has a matrix of its own, W [layers, experts, d_in, d_out]; hidden_side is then the side of the features
+    that all experts share, the model's hidden ones.
     """
 
     name: str
@@ -60,6 +62,37 @@ class SiteInfo:
     layers: int
     axes: tuple[str, str]
     first_layer: int = 0
+    experts: int = 0
+    hidden_side: Literal["in", "out"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertFactors:
+    """What the adapters of S slots have for each expert of a mixture: [S, E, R, F], None where no adapter acts.
+
+    F is the experts' own width. The other factor of each, on the hidden side, is one for all experts: a token goes
+    through it once, before it goes to experts (gate, up) or after it has come back from them (down).
+    in_order: the tokens are S stretches of equal length, the first of slot 0, the next of slot 1, and so on.
+    """
+
+    gate: jax.Array | None
+    up: jax.Array | None
+    down: jax.Array | None
+    in_order: bool = dataclasses.field(metadata={"static": True})
+
+
+class ExpertTerms(NamedTuple):
+    """What adapters give a mixture before its tokens go to experts.
+
+    slot_BxT: int32, each token's slot of the factors, -1 for the base only. gate_BxTxR, up_BxTxR: the scaled product of
+    x with the hidden-side factor of the token's slot, None where no adapter acts.
+    """
+
+    slot_BxT: jax.Array
+    gate_BxTxR: jax.Array | None
+    up_BxTxR: jax.Array | None
+    factors: ExpertFactors
 
 
 class SiteFn(Protocol):
@@ -67,11 +100,20 @@ class SiteFn(Protocol):
 
     Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
     adapts(site): whether y' can differ from y there. Where it cannot, a model may do without making y.
+
+    The experts of a mixture are sites of another kind, since their rows are sorted by expert. expert_terms(x, (gate,
+    up, down)): what adapters give before, None where they act on none of the three. after_experts(down, low, y): y
+    [B, T, D] with what they make of low [B, T, R], the sum over a token's experts of its weighted hidden features times
+    factors.down.
     """
 
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]: ...
 
     def adapts(self, site: str) -> bool: ...
+
+    def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None: ...
+
+    def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array: ...
 
 
 class Adapt(Protocol):
@@ -116,6 +158,13 @@ class NoAdapt:
     def adapts(self, site: str) -> bool:
         del site
         return False
+
+    def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> None:
+        del x_BxTxD, sites
+
+    def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
+        del site, low_BxTxR
+        return y_BxTxD
 
 
 NO_ADAPT = NoAdapt()

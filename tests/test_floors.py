@@ -44,6 +44,7 @@ KERNEL_CALLERS = (
     "popax.adapters",
     "popax.modeling.attention",
     "popax.modeling.experts",
+    "popax.modeling.expert_factors",
     "popax.modeling.grouped",
     "popax.modeling.loss",
     "popax.bench.kernels",
@@ -113,10 +114,8 @@ def forbidden(module: str, target: str) -> str | None:
     if there is None:
         return f"{module} imports {target}, which stands on no floor"
     if inside(target, "popax.kernels") and not any(inside(module, caller) for caller in KERNEL_CALLERS):
-        return (
-            f"{module} imports {target}; only adapters, modeling's attention, experts and loss, and their benchmark "
-            "call kernels"
-        )
+        callers = "adapters, modeling's attention, experts and loss, and their benchmark"
+        return f"{module} imports {target}; only {callers} call kernels"
     if here == there or there == "popax" or FLOORS[there] < FLOORS[here]:
         return None
     if FLOORS[there] == FLOORS[here] and FLOORS[here] not in CLOSED_FLOORS:

@@ -5,6 +5,7 @@ the last group; they must not be read. Nothing here has a derivative: its caller
 """
 
 import jax
+import jax.numpy as jnp
 
 from popax.kernels import dispatch
 from popax.kernels.grouped_matmul import pallas_gpu, reference
@@ -28,9 +29,14 @@ def grouped_matmul_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Ar
     return _run("grouped_matmul.back", forms, rows_RxB, w_ExAxB, sizes_E)
 
 
-def grouped_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows."""
-    return reference.outer(left_RxA, right_RxB, sizes_E)
+def grouped_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows.
+
+    dtype: of the sums, default left's.
+    """
+    return reference.outer(left_RxA, right_RxB, sizes_E, dtype=dtype)
 
 
 def _run(op: str, forms, rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:

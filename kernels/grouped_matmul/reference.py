@@ -1,9 +1,11 @@
 """XLA's forms: `jax.lax.ragged_dot`, and loops over blocks of rows that hold one group each for the host.
 
 On CPU ragged_dot multiplies every row by every group's matrix. It does so on GPU, too, but there it is still ahead of a
-loop, whose blocks wait for each other.
+loop, whose blocks wait for each other; sums of outer products, which adapters have of thousands of groups,
+are one batch of blocks there.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,9 +29,13 @@ def back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Arr
     return jax.lax.platform_dependent(rows_RxB, w_ExAxB, sizes_E, cpu=blocked_back, default=ragged_back)
 
 
-def outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """The sum of left[r]^T right[r] over the rows of each group, [E, A, B]; zero for a group without rows."""
-    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, cpu=blocked_outer, default=ragged_outer)
+    forms = {"cpu": blocked_outer, "cuda": tiled_outer, "default": ragged_outer}
+    branches = {platform: functools.partial(form, dtype=dtype) for platform, form in forms.items()}
+    return jax.lax.platform_dependent(left_RxA, right_RxB, sizes_E, **branches)
 
 
 def ragged_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -46,8 +52,10 @@ def _ragged(rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, dims: Ragge
     return jax.lax.ragged_dot_general(rows, w_ExAxB, sizes_E, dims, preferred_element_type=rows.dtype)
 
 
-def ragged_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot_general(left_RxA, right_RxB, sizes_E, OUTER)
+def ragged_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    return jax.lax.ragged_dot_general(left_RxA, right_RxB, sizes_E, OUTER, preferred_element_type=dtype)
 
 
 def blocked_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -58,7 +66,9 @@ def blocked_back(rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) ->
     return _over_blocks(rows_RxB, w_ExAxB, sizes_E, lambda rows, w: rows @ w.T, w_ExAxB.shape[1])
 
 
-def blocked_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def blocked_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
     blocks = _Blocks.of(sizes_E, left_RxA.shape[0])
     left, right = _padded(left_RxA, blocks.size), _padded(right_RxB, blocks.size)
 
@@ -68,10 +78,29 @@ def blocked_outer(left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array)
         rows = jnp.where(own_rx1, _rows(left, start, blocks.size), jnp.zeros((), left.dtype))
         # Rows of other groups are zeroed on both sides: zero times what is not finite would not be zero.
         others = jnp.where(own_rx1, _rows(right, start, blocks.size), jnp.zeros((), right.dtype))
-        return out_ExAxB.at[group].add(rows.T @ others)
+        return out_ExAxB.at[group].add(jnp.matmul(rows.T, others, preferred_element_type=dtype))
 
     shape = (sizes_E.shape[0], left_RxA.shape[1], right_RxB.shape[1])
-    return jax.lax.fori_loop(0, blocks.total, body, jnp.zeros(shape, left_RxA.dtype))
+    return jax.lax.fori_loop(0, blocks.total, body, jnp.zeros(shape, dtype or left_RxA.dtype))
+
+
+def tiled_outer(
+    left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """The blocks' products in one batch, then added up by group: about twice the rows, and no loop."""
+    blocks, rows = _Blocks.of(sizes_E, left_RxA.shape[0]), left_RxA.shape[0]
+    index_P = jnp.arange(min(rows, -(-rows // blocks.size) + sizes_E.shape[0]), dtype=jnp.int32)
+    group_P, start_P, count_P = jax.vmap(blocks.at)(index_P)
+    place_r = jnp.arange(blocks.size, dtype=jnp.int32)
+    own_Pxr = (place_r[None] < count_P[:, None]) & (index_P < blocks.total)[:, None]
+    row_Pxr = jnp.where(own_Pxr, start_P[:, None] + place_r[None], 0)
+
+    def own(side_RxA: jax.Array) -> jax.Array:
+        return jnp.where(own_Pxr[..., None], side_RxA[row_Pxr], jnp.zeros((), side_RxA.dtype))
+
+    part_PxAxB = jnp.einsum("pra,prb->pab", own(left_RxA), own(right_RxB), preferred_element_type=dtype)
+    # A block beyond the last one is of group E, which there is not.
+    return jax.ops.segment_sum(part_PxAxB, group_P, sizes_E.shape[0], indices_are_sorted=True)
 
 
 class _Blocks(NamedTuple):

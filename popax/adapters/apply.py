@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from popax.adapters.base import IndexedSite
 from popax.adapters.cohort import Cohort, scales
-from popax.types import AdapterState
+from popax.types import AdapterState, ExpertFactors, ExpertTerms
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,33 @@ class SiteAdapters:
 
     def adapts(self, site: str) -> bool:
         return site in self.state
+
+    def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
+        method = self.cohort.method.experts
+        if method is None or not any(map(self.adapts, sites)):
+            return None
+
+        def own(site: str) -> jax.Array | None:
+            if not self.adapts(site):
+                return None
+            factor = method.own(self.state[site])
+            return factor[None] if self.slot is None else factor
+
+        def before(site: str) -> jax.Array | None:
+            if not self.adapts(site):
+                return None
+            return method.before(self.state[site], self.scale[site], self._drop(site, x_BxTxD), self.slot)
+
+        gate, up, down = sites
+        factors = ExpertFactors(gate=own(gate), up=own(up), down=own(down), in_order=self.slot is None)
+        slot_B = jnp.zeros(x_BxTxD.shape[0], jnp.int32) if self.slot is None else self.slot.astype(jnp.int32)
+        return ExpertTerms(jnp.broadcast_to(slot_B[:, None], x_BxTxD.shape[:2]), before(gate), before(up), factors)
+
+    def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
+        method = self.cohort.method.experts
+        if method is None or not self.adapts(site):
+            return y_BxTxD
+        return method.after(self.state[site], self.scale[site], low_BxTxR, y_BxTxD, self.slot)
 
     def _dropout(self, site: str):
         return lambda features: self._drop(site, features)

@@ -14,7 +14,7 @@ from popax.types import SiteInfo
 AlphaRule = Literal["rank", "sqrt_rank", "constant"]
 ALPHA_RULES: tuple[AlphaRule, ...] = ("rank", "sqrt_rank", "constant")
 DTYPES = ("float32", "bfloat16", "float16")
-ALL_LINEAR = r"layers\..*_proj"
+ALL_LINEAR = r"layers\.(?!.*\bexperts\.).*_proj"  # routed experts only where a rule asks for them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,11 +169,13 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 class SiteDims(NamedTuple):
-    """The static sizes a method sees: one layer of one site."""
+    """The static sizes a method sees: one layer of one site. experts, hidden_side: as in `SiteInfo`."""
 
     d_in: int
     d_out: int
     rank: int
+    experts: int = 0
+    hidden_side: Literal["in", "out"] | None = None
 
 
 Leaves = dict[str, jax.Array]
@@ -188,10 +190,27 @@ class IndexedSite(NamedTuple):
     y_BxTxF: jax.Array
 
 
+class ExpertMethod(NamedTuple):
+    """A method at the experts of a mixture, for one user (slot None) or for rows of different users.
+
+    With slots, state leaves have a leading slot axis and slot_B is each row's; -1 is the base only.
+
+    own(state): the factors on the experts' own side, [E, R, F] or [S, E, R, F].
+    before(state, scale, x_BxTxD, slot_B): the scaled product of x with the factor on the hidden side, [B, T, R].
+    after(state, scale, low_BxTxR, y_BxTxD, slot_B): y plus the scaled product of low with the factor on the hidden
+        side; slot -1 returns y's own bits.
+    """
+
+    own: Callable[[Leaves], jax.Array]
+    before: Callable[..., jax.Array]
+    after: Callable[..., jax.Array]
+
+
 class AdapterMethod(NamedTuple):
     """A family of adapters as pure functions of ONE user at ONE layer of ONE site; layers and users are vmapped.
 
-    w_DxF is the base weight (y = x W), mask_R is 1 up to the layer's own rank and 0 beyond, scale is a scalar.
+    w_DxF is the base weight (y = x W), mask_R is 1 up to the layer's own rank and 0 beyond, scale is a scalar. Where a
+    site has experts, the leaf with their own side's axis has the experts' axis before the others.
 
     name: the row's key in the table.
     state_axes, shared_axes: leaf -> logical axes; "in" and "out" stand for the base weight's own axes.
@@ -204,6 +223,7 @@ class AdapterMethod(NamedTuple):
     factors(state, shared): (a_RxD, b_RxF) with delta = scale * x a^T b, for merging, norms and PEFT.
     inits: names AdapterConfig.init may take, mapped to "is the output equal to the base's at the start?".
     linear: is the delta linear in the state (mixing states mixes deltas)?
+    experts: the method at routed experts, None where it has no form there.
     """
 
     name: str
@@ -216,3 +236,4 @@ class AdapterMethod(NamedTuple):
     factors: Callable[[Leaves, Leaves], tuple[jax.Array, jax.Array]]
     inits: dict[str, bool]
     linear: bool
+    experts: ExpertMethod | None = None

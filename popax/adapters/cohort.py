@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig, AdapterMethod, SiteDims, SiteSpec, resolve
-from popax.adapters.table import method_of
+from popax.adapters.table import METHODS, method_of
+from popax.errors import ConfigError
 from popax.types import AdapterState, SiteInfo
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -26,9 +27,14 @@ class Cohort:
 
     @classmethod
     def of(cls, config: AdapterConfig, sites: Mapping[str, SiteInfo]) -> "Cohort":
-        """Resolve the config's targets on a model's sites. Raises SiteError and ConfigError as `resolve` does."""
+        """Resolve the config's targets on a model's sites. Raises SiteError and ConfigError as `resolve` does.
+
+        ConfigError too where the method has no form at routed experts, or dropout none (at what comes out of experts).
+        """
         method_of(config)
-        return cls(config, tuple(resolve(config, sites).values()))
+        specs = resolve(config, sites)
+        _check_experts(config, specs)
+        return cls(config, tuple(specs.values()))
 
     @property
     def method(self) -> AdapterMethod:
@@ -85,29 +91,38 @@ class Cohort:
 
         def at_site(info: SiteInfo) -> dict[str, tuple[str, ...]]:
             names = {"in": info.axes[0], "out": info.axes[1]}
-            lead = ("layers",) if info.layers else ()
-            return {leaf: lead + tuple(names.get(axis, axis) for axis in axes) for leaf, axes in table.items()}
+            lead, own_side = (
+                ("layers",) if info.layers else (),
+                {"in": "out", "out": "in", None: None}[info.hidden_side],
+            )
+            experts = {leaf: ("expert",) if own_side in axes else () for leaf, axes in table.items()}
+            return {
+                leaf: (*lead, *experts[leaf], *(names.get(axis, axis) for axis in axes)) for leaf, axes in table.items()
+            }
 
         return {spec.info.name: at_site(spec.info) for spec in self.sites if table}
 
     def merge(self, name: str, w: jax.Array, adapter: AdapterState, shared: AdapterState) -> jax.Array:
-        """W' = W + s A^T B at one site, for [L, D, F] or [D, F]; the dtype stays W's."""
+        """W' = W + s A^T B at one site, for [L, D, F] or [D, F], with an E before D at experts; the dtype stays W's."""
         spec = self.specs[name]
 
         def one(w_DxF, scale, leaves, common):
-            a_RxD, b_RxF = self._factors(leaves, common)
-            delta_DxF = jnp.matmul(a_RxD.T, b_RxF, precision=EXACT)
+            a_RxD, b_RxF = _each_expert(*self._factors(leaves, common))
+            delta_DxF = jnp.matmul(a_RxD.mT, b_RxF, precision=EXACT)
             return (w_DxF.astype(jnp.float32) + scale * delta_DxF).astype(w_DxF.dtype)
 
         return _over_layers(one, spec, w, scales(spec), adapter[name], shared.get(name, {}))
 
     def norms(self, adapter: AdapterState, shared: AdapterState) -> dict[str, jax.Array]:
-        """Frobenius norm of each site's delta, [L] or scalar: ||s A^T B||_F = s sqrt(<A A^T, B B^T>)."""
+        """Frobenius norm of each site's delta, [L] or scalar, over all experts where it has some.
+
+        ||s A^T B||_F = s sqrt(<A A^T, B B^T>).
+        """
 
         def one(scale, leaves, common):
-            a_RxD, b_RxF = self._factors(leaves, common)
-            aa_RxR = jnp.matmul(a_RxD, a_RxD.T, precision=EXACT)
-            bb_RxR = jnp.matmul(b_RxF, b_RxF.T, precision=EXACT)
+            a_RxD, b_RxF = _each_expert(*self._factors(leaves, common))
+            aa_RxR = jnp.matmul(a_RxD, a_RxD.mT, precision=EXACT)
+            bb_RxR = jnp.matmul(b_RxF, b_RxF.mT, precision=EXACT)
             return jnp.abs(scale) * jnp.sqrt(jnp.maximum(jnp.sum(aa_RxR * bb_RxR), 0.0))
 
         return {
@@ -118,7 +133,10 @@ class Cohort:
         }
 
     def factors(self, name: str, adapter: AdapterState, shared: AdapterState) -> tuple[jax.Array, jax.Array]:
-        """(A [L, R, D], B [L, R, F]) in float32, without L outside the stack: the delta's weight is s A^T B."""
+        """(A [L, R, D], B [L, R, F]) in float32, without L outside the stack: the delta's weight is s A^T B.
+
+        At experts, the factor on their own side has an E after L.
+        """
         return _over_layers(self._factors, self.specs[name], adapter[name], shared.get(name, {}))
 
     def _factors(self, leaves: dict[str, jax.Array], common: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -138,7 +156,29 @@ def _over_layers(one: Callable[..., Any], spec: SiteSpec, *operands: Any) -> Any
 
 
 def _dims(spec: SiteSpec) -> SiteDims:
-    return SiteDims(spec.info.d_in, spec.info.d_out, spec.rank)
+    return SiteDims(spec.info.d_in, spec.info.d_out, spec.rank, spec.info.experts, spec.info.hidden_side)
+
+
+def _each_expert(a_RxD: jax.Array, b_RxF: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both factors with the experts' axis, where one has it."""
+    lead = jnp.broadcast_shapes(a_RxD.shape[:-2], b_RxF.shape[:-2])
+    return jnp.broadcast_to(a_RxD, (*lead, *a_RxD.shape[-2:])), jnp.broadcast_to(b_RxF, (*lead, *b_RxF.shape[-2:]))
+
+
+def _check_experts(config: AdapterConfig, specs: Mapping[str, SiteSpec]) -> None:
+    routed = [name for name, spec in specs.items() if spec.info.experts]
+    if routed and METHODS[config.method].experts is None:
+        able = ", ".join(name for name, method in METHODS.items() if method.experts is not None)
+        raise ConfigError(
+            f"method={config.method!r} has no form at routed experts ({', '.join(routed)}): leave them out of the "
+            f"targets, or use a method that has one ({able})"
+        )
+    after = [name for name in routed if specs[name].info.hidden_side == "out"]
+    if after and config.dropout:
+        raise ConfigError(
+            f"dropout={config.dropout} at {', '.join(after)}: the features inside routed experts cannot be dropped: "
+            "set dropout to 0, or give these targets rank 0"
+        )
 
 
 def _mask(spec: SiteSpec) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig, AdapterMethod, IndexedSite, Leaves, SiteDims
+from popax.adapters.lora_experts import EXPERTS
 from popax.kernels.indexed_lora import indexed_lora_sites
 from popax.kernels.stacked_lora import lora
 
@@ -20,14 +21,17 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
     Both are PEFT's: its default is kaiming-uniform with a = sqrt 5, which is that bound.
     """
-    shape = (dims.rank, dims.d_in)
+    # At experts, the factor on their own side is one for each; the one on the hidden side is all experts' of the user.
+    experts = {side: (dims.experts,) if dims.hidden_side not in (None, side) else () for side in ("in", "out")}
+    shape = (*experts["in"], dims.rank, dims.d_in)
     if config.init == "gaussian":
-        a_RxD = jax.random.normal(key, shape) / jnp.maximum(jnp.sum(mask_R), 1.0)
+        a = jax.random.normal(key, shape) / jnp.maximum(jnp.sum(mask_R), 1.0)
     else:
         bound = 1.0 / math.sqrt(dims.d_in)
-        a_RxD = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        a = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
     # Rows beyond the layer's rank start at zero in both factors; each factor's gradient is then zero there for good.
-    return {"a": a_RxD * mask_R[:, None], "b": jnp.zeros((dims.rank, dims.d_out))}
+    mask = mask_R.reshape((1,) * (len(shape) - 2) + (-1, 1))
+    return {"a": a * mask, "b": jnp.zeros((*experts["out"], dims.rank, dims.d_out))}
 
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
@@ -56,4 +60,5 @@ METHOD = AdapterMethod(
     factors=_factors,
     inits={"default": True, "gaussian": True},
     linear=False,
+    experts=EXPERTS,
 )

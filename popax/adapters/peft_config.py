@@ -87,7 +87,7 @@ def record_of(config: AdapterConfig, specs: Mapping[str, SiteSpec], base_name: s
     layout: Layout = {}
     for name, spec in specs.items():
         if not module_names(spec.info):
-            raise PeftError(f"site {name!r} has no module name in transformers; leave it out of the targets")
+            raise PeftError(_no_place(spec.info))
         layout[name] = tuple(
             (rank, _lora_alpha(config, rank, scale)) if rank else NO_ADAPTER
             for rank, scale in zip(spec.ranks, spec.scales, strict=True)
@@ -120,6 +120,16 @@ def record_of(config: AdapterConfig, specs: Mapping[str, SiteSpec], base_name: s
     if layout_of(record, infos) != layout:
         raise PeftError(f"the layout {layout} cannot be written as a PEFT config (popax bug)")
     return record
+
+
+def _no_place(info: SiteInfo) -> str:
+    if not info.experts:
+        return f"site {info.name!r} has no module name in transformers; leave it out of the targets"
+    return (
+        f"site {info.name!r}: peft adapts routed experts as stacked parameters (target_parameters), gate and up in "
+        "one, with both factors of each expert its own; popax does not write a shared factor out for each of "
+        "them. Leave routed experts out of the targets of users who are to be extracted to peft"
+    )
 
 
 def _targets(layout: Layout, sites: Mapping[str, SiteInfo], default: tuple[int, float]) -> tuple[TargetRule, ...]:

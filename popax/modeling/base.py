@@ -73,7 +73,7 @@ def load_base(
     dtype, param_dtype: as in ModelConfig; by default the weights stay as stored and are computed with in that dtype.
     quantise: as in ModelConfig; weights are rounded one after the other while they are read. The digest is then another
     one, since adapters learn what the base they see lacks; with keep_digest it stays, and adapters that were made for
-    the base before it was quantised are taken. mesh: where given, each device reads its own shard only, and all
+    the base before it was quantised are taken. mesh: where given, each device has its own shard only, and all
     processes of the mesh load together. rules: the model's, by default popax.sharding's. verify: hash the files of a
     Hugging Face directory even where their hashes are noted beside them. Raises CheckpointError for a directory that is
     neither, or whose weights are damaged or do not fit; ConfigError for a config that popax does not support, and for a

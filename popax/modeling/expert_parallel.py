@@ -6,6 +6,9 @@ reduce-scatter of the sums. An all-to-all would carry a token to its K experts' 
 room for all tokens choosing its experts either way (nothing is dropped), the host's compiler has no ragged all-to-all
 to test it with, and the gather is the same for one as for many tokens. No axis but those of the experts is crossed, so
 users who are spread over the mesh never meet.
+
+Adapters' factors at the experts lie as the experts do. Those of users in training lie along the tokens' other axes as
+well, where the users' tokens are; in a batch of mixed rows, a row may have any slot, and every device has all slots.
 """
 
 import math
@@ -16,11 +19,21 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from popax.errors import ConfigError
-from popax.modeling.experts import ExpertWeights, experts_backward, experts_forward
+from popax.modeling.experts import (
+    Choice,
+    ExpertWeights,
+    Outputs,
+    Values,
+    experts_backward,
+    experts_forward,
+    padded,
+)
 from popax.modeling.quantised import Quantised, Weight, per_channel
 from popax.sharding import ShardingRules
+from popax.types import ExpertFactors
 
 WEIGHT_AXES = ("expert", "embed", "expert_ffw")
+USERS = "population"
 EMBED_AXES = (1, 1, 2)  # where gate, up and down have their embed features
 
 
@@ -33,6 +46,7 @@ class Spread(NamedTuple):
     embed: tuple[str, ...]
     ffw: tuple[str, ...]
     devices: int
+    outer_sizes: tuple[int, ...]
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -42,6 +56,23 @@ class Spread(NamedTuple):
     @property
     def tokens(self) -> PartitionSpec:
         return PartitionSpec((*self.outer, *self.gathered))
+
+    def slots(self, tokens: int, factors: ExpertFactors | None) -> tuple[str, ...]:
+        """The axes along which slots are cut as their tokens are: a device then has its tokens' slots and no others.
+
+        None where tokens are in any order of slots, or where a cut of the tokens may lie inside a slot's: then every
+        device has the factors of all slots, for the experts it has.
+        """
+        if factors is None or not factors.in_order or tokens % self.devices:
+            return ()
+        slots, cut = jax.tree.leaves(factors)[0].shape[0], len(self.outer)
+        while slots % math.prod(self.outer_sizes[:cut]):
+            cut -= 1
+        return self.outer[:cut]
+
+    def factors(self, slots: tuple[str, ...]) -> PartitionSpec:
+        """Experts lie where their weights do; the rank is whole everywhere."""
+        return PartitionSpec(slots or None, self.expert or None, None, self.ffw or None)
 
     def weights(self, like: ExpertWeights) -> ExpertWeights:
         """A PartitionSpec for each array of `like`; the factor of a whole channel is cut along with channels only."""
@@ -79,93 +110,107 @@ def spread(rules: ShardingRules) -> Spread | None:
         return None
     by_axis = [(axes,) if isinstance(axes, str) else (axes or ()) for axes in rules.spec(WEIGHT_AXES, mesh)]
     expert, embed, ffw = (tuple(name for name in axes if name in wide) for axes in by_axis)
-    outer = tuple(name for name in wide if name not in (*expert, *ffw))
-    devices = 1
-    for name in wide:
-        devices *= mesh.shape[name]
-    return Spread(frozenset(free), outer, expert, embed, ffw, devices)
+    # Users first: they are cut before the tokens of one are.
+    outer = tuple(sorted((name for name in wide if name not in (*expert, *ffw)), key=lambda name: name != USERS))
+    devices = math.prod(mesh.shape[name] for name in wide)
+    return Spread(frozenset(free), outer, expert, embed, ffw, devices, tuple(mesh.shape[name] for name in outer))
 
 
 def forward(
-    x_MxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, weights: ExpertWeights, rules: ShardingRules
-) -> jax.Array:
+    values: Values, choice: Choice, weights: ExpertWeights, factors: ExpertFactors | None, rules: ShardingRules
+) -> Outputs:
     """`experts_forward` on the ambient mesh, whose devices have the weights as the rules say."""
-    mesh = spread(rules)
+    mesh, tokens = spread(rules), values.x_MxD.shape[0]
+    stretch = _stretch(tokens, factors)
     if mesh is None:
-        return experts_forward(x_MxD, expert_MxK, weight_MxK, weights)
+        return experts_forward(values, choice, weights, factors, stretch=stretch)
+    values, choice = _fill(mesh, weights, values, choice)
+    slots = mesh.slots(tokens, factors)
 
-    def on_device(x, expert, weight, weights):
+    def on_device(values, choice, weights, factors):
         own = _whole(weights, mesh)
-        expert = _local_ids(_gather(expert, mesh), own, mesh)
-        return _scatter(experts_forward(_gather(x, mesh), expert, _gather(weight, mesh), own), mesh)
+        choice = _local_choice(_gather(choice, mesh), own, factors, mesh, slots)
+        return _scatter(experts_forward(_gather(values, mesh), choice, own, factors, stretch=stretch), mesh)
 
-    tokens = mesh.tokens
-    operands, cut = _fill(mesh, weights, x_MxD, expert_MxK, weight_MxK)
-    run = _per_device(on_device, mesh, (tokens, tokens, tokens, mesh.weights(weights)), tokens)
-    return run(*operands, weights)[:cut]
+    in_specs = (mesh.tokens, mesh.tokens, mesh.weights(weights), mesh.factors(slots))
+    run = _per_device(on_device, mesh, in_specs, mesh.tokens)
+    return jax.tree.map(lambda leaf: leaf[:tokens], run(values, choice, weights, factors))
 
 
 def backward(
-    x_MxD: jax.Array,
-    expert_MxK: jax.Array,
-    weight_MxK: jax.Array,
+    values: Values,
+    choice: Choice,
     weights: ExpertWeights,
-    dy_MxD: jax.Array,
+    factors: ExpertFactors | None,
+    cotangent: Outputs,
     rules: ShardingRules,
     *,
     trained: bool,
-) -> tuple[jax.Array, jax.Array, ExpertWeights | None]:
+) -> tuple[Values, ExpertWeights | None, ExpertFactors | None]:
     """`experts_backward` on the ambient mesh."""
-    mesh = spread(rules)
+    mesh, tokens = spread(rules), values.x_MxD.shape[0]
+    stretch = _stretch(tokens, factors)
+    options = {"trained": trained, "stretch": stretch}
     if mesh is None:
-        return experts_backward(x_MxD, expert_MxK, weight_MxK, weights, dy_MxD, trained=trained)
+        return experts_backward(values, choice, weights, factors, cotangent, **options)
+    values, choice, cotangent = _fill(mesh, weights, values, choice, cotangent)
+    slots = mesh.slots(tokens, factors)
 
-    def on_device(x, expert, weight, dy, weights):
+    def on_device(values, choice, cotangent, weights, factors):
         own = _whole(weights, mesh)
-        expert = _local_ids(_gather(expert, mesh), own, mesh)
-        x, weight, dy = (_gather(each, mesh) for each in (x, weight, dy))
-        dx, dweight, dweights = experts_backward(x, expert, weight, own, dy, trained=trained)
-        return _scatter(dx, mesh), _scatter(dweight, mesh), None if dweights is None else _reduced(dweights, mesh)
+        choice = _local_choice(_gather(choice, mesh), own, factors, mesh, slots)
+        values, cotangent = _gather(values, mesh), _gather(cotangent, mesh)
+        dvalues, dweights, dfactors = experts_backward(values, choice, own, factors, cotangent, **options)
+        dweights = None if dweights is None else _reduced(dweights, mesh)
+        # Devices that have other tokens of the same slots add up; those along the slots have slots of their own.
+        others = tuple(name for name in mesh.outer if name not in slots)
+        dfactors = jax.lax.psum(dfactors, others) if others else dfactors
+        return _scatter(dvalues, mesh), dweights, dfactors
 
-    tokens = mesh.tokens
-    operands, cut = _fill(mesh, weights, x_MxD, expert_MxK, weight_MxK, dy_MxD)
     specs = mesh.weights(weights)
-    out_specs = (tokens, tokens, specs if trained else None)
-    run = _per_device(on_device, mesh, (*(tokens,) * len(operands), specs), out_specs)
-    dx_MxD, dweight_MxK, dweights = run(*operands, weights)
-    return dx_MxD[:cut], dweight_MxK[:cut], dweights
+    in_specs = (*(mesh.tokens,) * 3, specs, mesh.factors(slots))
+    out_specs = (mesh.tokens, specs if trained else None, mesh.factors(slots))
+    run = _per_device(on_device, mesh, in_specs, out_specs)
+    dvalues, dweights, dfactors = run(values, choice, cotangent, weights, factors)
+    return jax.tree.map(lambda leaf: leaf[:tokens], dvalues), dweights, dfactors
 
 
 def _per_device(function, mesh: Spread, in_specs, out_specs):
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(mesh.names), check_vma=False)
 
 
-def _fill(mesh: Spread, weights: ExpertWeights, *operands: jax.Array) -> tuple[list[jax.Array], int]:
-    """Tokens up to a multiple of the devices, those added being of no expert; and how many are real."""
-    tokens = operands[0].shape[0]
-    none = weights.count
-
-    def pad(operand: jax.Array) -> jax.Array:
-        value = none if jnp.issubdtype(operand.dtype, jnp.integer) else 0
-        return jnp.pad(operand, ((0, -tokens % mesh.devices), (0, 0)), constant_values=value)
-
-    return [pad(operand) for operand in operands], tokens
+def _stretch(tokens: int, factors: ExpertFactors | None) -> int | None:
+    """How many consecutive tokens have one slot; None where they are in any order."""
+    return tokens // jax.tree.leaves(factors)[0].shape[0] if factors is not None and factors.in_order else None
 
 
-def _gather(operand: jax.Array, mesh: Spread) -> jax.Array:
-    return jax.lax.all_gather(operand, mesh.gathered, tiled=True) if mesh.gathered else operand
+def _fill(mesh: Spread, weights: ExpertWeights, *operands: Any) -> Any:
+    """Tokens up to a multiple of the devices, those added being of no expert."""
+    tokens, none = jax.tree.leaves(operands)[0].shape[0], weights.count
+    return jax.tree.map(lambda operand: padded(operand, -tokens % mesh.devices, none), operands)
 
 
-def _scatter(partial: jax.Array, mesh: Spread) -> jax.Array:
-    return jax.lax.psum_scatter(partial, mesh.gathered, tiled=True) if mesh.gathered else partial
+def _gather(operands: Any, mesh: Spread) -> Any:
+    return jax.lax.all_gather(operands, mesh.gathered, tiled=True) if mesh.gathered else operands
 
 
-def _local_ids(expert_MxK: jax.Array, own: ExpertWeights, mesh: Spread) -> jax.Array:
-    """This device's numbers of the experts; theirs, and no expert, become `count`: none of these."""
+def _scatter(partial: Any, mesh: Spread) -> Any:
+    scattered = lambda leaf: jax.lax.psum_scatter(leaf, mesh.gathered, tiled=True)  # noqa: E731
+    return jax.tree.map(scattered, partial) if mesh.gathered else partial
+
+
+def _local_choice(
+    choice: Choice, own: ExpertWeights, factors: ExpertFactors | None, mesh: Spread, slots: tuple[str, ...]
+) -> Choice:
+    """This device's numbers of the experts, and of the slots; the experts of others, and no expert, become `count`."""
     count = own.count
     first = jax.lax.axis_index(mesh.expert) * count if mesh.expert else 0
-    local_MxK = expert_MxK - first
-    return jnp.where((local_MxK >= 0) & (local_MxK < count), local_MxK, count).astype(expert_MxK.dtype)
+    local_MxK = choice.expert_MxK - first
+    local_MxK = jnp.where((local_MxK >= 0) & (local_MxK < count), local_MxK, count).astype(jnp.int32)
+    slot_Mx1 = choice.slot_Mx1
+    if slot_Mx1 is not None and slots:
+        slot_Mx1 = slot_Mx1 - jax.lax.axis_index(slots) * jax.tree.leaves(factors)[0].shape[0]
+    return Choice(local_MxK, slot_Mx1)
 
 
 def _whole(weights: ExpertWeights, mesh: Spread) -> ExpertWeights:

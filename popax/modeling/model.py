@@ -143,8 +143,11 @@ class Model:
         def add(site: str, layers: int, first_layer: int) -> None:
             kernel = kernel_name(site)
             kernel = kernel if kernel in abstract else kernel + VALUES
-            d_in, d_out = abstract[kernel].shape[-2:]
-            shape = {"d_in": d_in, "d_out": d_out, "axes": axes[kernel][-2:]}
+            (d_in, d_out), own = abstract[kernel].shape[-2:], axes[kernel][-2:]
+            shape = {"d_in": d_in, "d_out": d_out, "axes": own}
+            if "expert" in axes[kernel]:
+                shape["experts"] = abstract[kernel].shape[-3]
+                shape["hidden_side"] = "in" if own[1] == "expert_ffw" else "out"
             found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
 
         for stack in self.stacks.values():
@@ -155,7 +158,7 @@ class Model:
         return found
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
-        """The base weight at a site: [L, d_in, d_out], or [d_in, d_out] where the site is not layered.
+        """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts.
 
         In param_dtype; of a quantised weight, what its values and factors stand for.
         """

@@ -7,7 +7,7 @@ from flax import nnx
 
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
-from popax.modeling.experts import ExpertWeights
+from popax.modeling.experts import Choice, ExpertWeights, Values
 from popax.modeling.layers import SwiGLU, normal, project
 from popax.modeling.quantise_rules import QuantiseRules
 from popax.modeling.quantised import make_kernel, read_kernel
@@ -18,11 +18,11 @@ from popax.types import SiteFn
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix for each expert, [E, d_in, d_out]. Not a site: adapters act where all tokens of a user pass."""
+    """One matrix for each expert, [E, d_in, d_out], at one site."""
 
     def __init__(
         self,
-        name: str,
+        site: str,
         shape: tuple[int, int, int],
         axes: tuple[str, str],
         *,
@@ -31,7 +31,8 @@ class ExpertLinear(nnx.Module):
         rngs: nnx.Rngs,
         quantise: QuantiseRules | None,
     ):
-        rule = None if quantise is None else quantise.rule(name)
+        self.site = site
+        rule = None if quantise is None else quantise.rule(site)
         self.kernel = make_kernel(normal(rngs, shape, std, param_dtype), ("expert", *axes), rule)
 
 
@@ -47,9 +48,26 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(f"{name}.up_proj", wide, ("embed", "expert_ffw"), std=in_std, **options)
         self.down_proj = ExpertLinear(f"{name}.down_proj", narrow, ("expert_ffw", "embed"), std=out_std, **options)
 
-    @property
-    def weights(self) -> ExpertWeights:
-        return ExpertWeights(*(read_kernel(part.kernel) for part in (self.gate_proj, self.up_proj, self.down_proj)))
+    def __call__(
+        self, x_BxTxD: jax.Array, expert_MxK: jax.Array, weight_MxK: jax.Array, site_fn: SiteFn, rules: ShardingRules
+    ) -> jax.Array:
+        """The sum over a token's experts of weight * mlp_e(x), with what adapters make of them. rules: as in Model."""
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        weights = ExpertWeights(*(read_kernel(part.kernel) for part in parts))
+        terms = site_fn.expert_terms(x_BxTxD, (parts[0].site, parts[1].site, parts[2].site))
+        x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+        if terms is None:
+            outputs = routed_experts(Values(x_MxD, weight_MxK), Choice(expert_MxK), weights, None, rules)
+            return outputs.y_MxD.reshape(x_BxTxD.shape)
+        flat = lambda leaf: leaf.reshape(x_MxD.shape[0], -1)  # noqa: E731
+        slot_Mx1, *lows = jax.tree.map(flat, (terms.slot_BxT, terms.gate_BxTxR, terms.up_BxTxR))
+        choice = Choice(expert_MxK, slot_Mx1)
+        outputs = routed_experts(Values(x_MxD, weight_MxK, *lows), choice, weights, terms.factors, rules)
+        y_BxTxD = outputs.y_MxD.reshape(x_BxTxD.shape)
+        if outputs.low_MxQ is None:
+            return y_BxTxD
+        low_BxTxR = outputs.low_MxQ.reshape(*x_BxTxD.shape[:-1], -1)
+        return site_fn.after_experts(self.down_proj.site, low_BxTxR, y_BxTxD)
 
 
 class MoE(nnx.Module):
@@ -74,9 +92,7 @@ class MoE(nnx.Module):
         recorded_MxK = None if routes_BxTxK is None else routes_BxTxK.reshape(-1, routes_BxTxK.shape[-1])
         expert_MxK, weight_MxK = self.router.choose(logits_BxTxE.reshape(-1, logits_BxTxE.shape[-1]), recorded_MxK)
         taken_BxTxK = expert_MxK.reshape(*x_BxTxD.shape[:-1], -1)
-        x_MxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        y_MxD = routed_experts(x_MxD, expert_MxK, weight_MxK, self.experts.weights, rules)
-        y_BxTxD = y_MxD.reshape(x_BxTxD.shape)
+        y_BxTxD = self.experts(x_BxTxD, expert_MxK, weight_MxK, site_fn, rules)
         if self.shared is None:
             return y_BxTxD, taken_BxTxK
         gate_BxTxF, up_BxTxF = inner_BxTxF

@@ -6,7 +6,7 @@ no parameter stands there a second time.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any, NamedTuple, Protocol
 
@@ -60,30 +60,29 @@ class Source(NamedTuple):
 
 
 def read_shards(
-    source: Source,
-    like: jax.ShapeDtypeStruct,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    shape: tuple[int, ...],
     sharding: NamedSharding | None,
     devices: Iterable[Device],
-    pool: Executor,
 ) -> dict[Device, jax.Array]:
-    """{device: its shard} of a parameter, in the order of devices; one that several of them have is read once.
+    """{device: its shard} of an array of this shape, in the order of devices; read(index) is that part of it.
 
-    One shard's buffer exists at a time: a device has it, or a copy of it, before the next one is begun. Without a
-    sharding a device has all of the parameter.
+    A part that several devices have is read once, and one buffer exists at a time: the devices have it, or copies of
+    it, before the next one is begun. Without a sharding a device has everything.
     """
-    whole, devices = (slice(None),) * len(like.shape), list(devices)
-    indices = sharding.devices_indices_map(like.shape) if sharding is not None else dict.fromkeys(devices, whole)
+    whole, devices = (slice(None),) * len(shape), list(devices)
+    indices = sharding.devices_indices_map(shape) if sharding is not None else dict.fromkeys(devices, whole)
     arrays = {}
     for device in devices:
         if device not in arrays:
-            buffer = read_shard(source, like.shape, like.dtype, indices[device] or whole, pool)
+            buffer = read(indices[device] or whole)
             owners = [other for other in devices if indices[other] == indices[device]]
             arrays |= {other: jax.block_until_ready(jax.device_put(buffer, other)) for other in owners}
     return {device: arrays[device] for device in devices}
 
 
 def read_shard(
-    source: Source, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...], pool: Executor
+    source: Source, shape: tuple[int, ...], dtype: np.dtype, pool: Executor, index: tuple[slice, ...]
 ) -> np.ndarray:
     """params[index] of one parameter of this shape, in this dtype: kernels turned to [d_in, d_out], layers stacked.
 

@@ -36,6 +36,6 @@ def stack_sites(config: ModelConfig, stack: Stack) -> tuple[str, ...]:
     if not stack.routed:
         sites += [f"mlp.{name}" for name in mlp]
     else:
-        sites += ["moe.router"]
+        sites += ["moe.router", *(f"moe.experts.{name}" for name in mlp)]
         sites += [f"moe.shared.{name}" for name in mlp] if config.moe and config.moe.shared_ffw_dim else []
     return tuple(f"{stack.name}.{site}" for site in sites)

@@ -1,17 +1,20 @@
 """A base's weights in the files they lie in: loaded onto a mesh, or read one at a time, and named by their digest."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from popax.distributed.group import ProcessGroup
 from popax.errors import CheckpointError
 from popax.modeling.digest import TensorRecord, digest_records
+from popax.modeling.exchange import Exchange, plan_exchange
 from popax.modeling.hashing import Hashing
 from popax.modeling.model import Model
 from popax.modeling.shards import Device, Source, read_shard, read_shards
@@ -31,46 +34,71 @@ class StoredWeights:
     equal: tuple[StoredTensor, StoredTensor] | None = None
 
     def load(
-        self, *, mesh: Mesh | None = None, rules: ShardingRules | None = None, verify: bool = False
+        self,
+        *,
+        mesh: Mesh | None = None,
+        rules: ShardingRules | None = None,
+        verify: bool = False,
+        exchange: bool | None = None,
     ) -> tuple[Params, str]:
         """(params as the model has them, digest of the tensors as stored), in one pass over the files.
 
-        Host memory holds the shards of this process and, beside them, a strip of a tensor for each thread. Hashes are
-        made on the way where they are not noted, and shared out over the processes of the mesh, which call this
-        together; verify: made in any case. Raises CheckpointError where processes have read different weights.
+        Host memory holds the shards of this process and, beside them, a strip of a tensor for each thread. exchange:
+        every process reads an equal share of each tensor's rows and the devices swap, one parameter at a time, so that
+        all processes together read the files once; by default where there are several. Hashes are made on the way where
+        they are not noted, and shared out over the processes of the mesh, which call this together; verify: made in any
+        case. Raises CheckpointError where processes have read different weights.
         """
-        shapes = flatten_named(self.model.abstract())
-        if mesh is None:
-            arrays, digest = self.load_shards(None, [None], rules=rules, verify=verify)
-            return unflatten_named({name: shards[None] for name, shards in arrays.items()}), digest
-        shardings = flatten_named(self.model.shardings(mesh, rules))
-        arrays, digest = self.load_shards(mesh, mesh.local_devices, rules=rules, verify=verify)
-        params = {
-            name: jax.make_array_from_single_device_arrays(shapes[name].shape, shardings[name], list(shards.values()))
-            for name, shards in arrays.items()
-        }
-        return unflatten_named(params), digest
+        group, params = ProcessGroup.of(mesh), {}
+        places = self._places(mesh, rules, group.count > 1 if exchange is None else exchange)
+        devices = [None] if mesh is None else mesh.local_devices
+        with self._hashing(group, verify) as hashing:
+            for name, shards in self._shards(places, devices, hashing):
+                place, arrays = places[name], list(shards.values())
+                if place.read is None:
+                    params[name] = arrays[0]
+                    continue
+                array = jax.make_array_from_single_device_arrays(place.shape, place.read, arrays)
+                params[name] = array if place.exchange is None else jax.block_until_ready(place.exchange(array))
+            return unflatten_named(params), self._digest(hashing)
 
     def load_shards(
         self,
-        mesh: Mesh | None,
-        devices: Sequence[Device | None],
+        mesh: Mesh,
+        devices: Sequence[Device],
         *,
         rules: ShardingRules | None = None,
-        verify: bool = False,
-    ) -> tuple[dict[str, dict[Device | None, jax.Array]], str]:
-        """({parameter: {device: its shard}}, digest) of these devices of the mesh; None: the default device, and all.
+        exchange: bool = False,
+    ) -> tuple[dict[str, dict[Device, jax.Array]], str]:
+        """({parameter: {device: its shard}}, digest): what `load` reads for as few of the mesh's devices as are wanted.
 
-        What `load` makes the parameters of, for as few of the devices as are wanted.
+        exchange: the shares that are exchanged, before they are.
         """
+        with self._hashing(ProcessGroup.of(mesh), False) as hashing:
+            shards = dict(self._shards(self._places(mesh, rules, exchange), devices, hashing))
+            return shards, self._digest(hashing)
+
+    def _places(self, mesh: Mesh | None, rules: ShardingRules | None, exchange: bool) -> dict[str, "_Place"]:
+        shapes = {name: like.shape for name, like in flatten_named(self.model.abstract()).items()}
+        if mesh is None:
+            return {name: _Place(shape, None, None) for name, shape in shapes.items()}
+        places = {}
+        for name, wanted in flatten_named(self.model.shardings(mesh, rules)).items():
+            options = {"stacked": self.sources[name].stacked, "transposed": self.sources[name].transposed}
+            plan = plan_exchange(shapes[name], wanted, **options) if exchange else None
+            places[name] = _Place(shapes[name], wanted if plan is None else plan.read, plan)
+        return places
+
+    def _shards(
+        self, places: Mapping[str, "_Place"], devices: Sequence[Device], hashing: Hashing
+    ) -> Iterator[tuple[str, dict[Device, jax.Array]]]:
+        """One parameter after the other: (name, {device: what it reads})."""
         shapes = flatten_named(self.model.abstract())
-        shardings = flatten_named(self.model.shardings(mesh, rules)) if mesh is not None else dict.fromkeys(shapes)
-        with self._hashing(ProcessGroup.of(mesh), verify) as hashing:
-            arrays = {}
-            for name, source in self.sources.items():
-                hashing.begin(self._stored(name))
-                arrays[name] = read_shards(source, shapes[name], shardings[name], devices, hashing.pool)
-            return arrays, self._digest(hashing)
+        for name, source in self.sources.items():
+            hashing.begin(self._stored(name))
+            shape, dtype = shapes[name].shape, np.dtype(shapes[name].dtype)
+            read = functools.partial(read_shard, source, shape, dtype, hashing.pool)
+            yield name, read_shards(read, shape, places[name].read, devices)
 
     def digest(self, *, verify: bool = False) -> str:
         """The same digest, without loading the weights."""
@@ -81,7 +109,9 @@ class StoredWeights:
         """One whole parameter, in the host's memory."""
         like = flatten_named(self.model.abstract())[name]
         with ThreadPoolExecutor() as pool:
-            return read_shard(self.sources[name], like.shape, like.dtype, (slice(None),) * len(like.shape), pool)
+            return read_shard(
+                self.sources[name], like.shape, np.dtype(like.dtype), pool, (slice(None),) * len(like.shape)
+            )
 
     def _stored(self, name: str) -> list[StoredTensor]:
         return [part for tensor in self.sources[name].tensors for part in tensor.stored]
@@ -109,3 +139,11 @@ class StoredWeights:
                 "the same files"
             )
         return digest
+
+
+class _Place(NamedTuple):
+    """read: how the devices read the parameter, None: the one device that there is; exchange: what follows."""
+
+    shape: tuple[int, ...]
+    read: NamedSharding | None
+    exchange: Exchange | None

@@ -20,6 +20,7 @@ from popax.plan.collectives import Collective, collectives
 from popax.plan.config import PlanConfig, StepName
 from popax.plan.hlo import parse
 from popax.plan.steps import StepBuilder
+from popax.sharding import training_options
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -77,7 +78,7 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         jitted = jax.jit(built.call, donate_argnums=built.donated, out_shardings=built.results)
         lowered = jitted.lower(*built.operands.values())
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(training_options(mesh) if step == "train" else None)
         except jax.errors.JaxRuntimeError as error:
             needed = needed_bytes(str(error))
             if needed is None:

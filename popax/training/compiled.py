@@ -14,6 +14,7 @@ from popax.population.early_stop import observe
 from popax.population.placement import AXIS, Placement
 from popax.population.state import PopulationState, empty_population, selected_adapters
 from popax.population.step import population_loss, population_step
+from popax.sharding import training_options
 from popax.training.config import TrainConfig
 
 
@@ -50,9 +51,10 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
         )
     # Said for every result: the state must come back where it was, whatever the partitioner would choose.
     state = placement.shardings(cohort, abstract_population(cohort, config))
-    users = placement.over_population
+    users, options = placement.over_population, training_options(placement.mesh)
+    jitted = jax.jit(step, donate_argnums=2, out_shardings=(state, users), compiler_options=options)
     return Programs(
-        step=_under(placement.mesh, jax.jit(step, donate_argnums=2, out_shardings=(state, users))),
+        step=_under(placement.mesh, jitted),
         loss=_under(placement.mesh, jax.jit(loss, out_shardings=users)),
         observe=jax.jit(look, donate_argnums=0, out_shardings=state) if look else None,
         seat=jax.jit(placement.seat, donate_argnums=0, out_shardings=state),

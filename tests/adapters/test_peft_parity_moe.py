@@ -114,9 +114,10 @@ def test_adapters_of_routed_experts_are_refused_by_name(pair, tmp_path):
         load_peft(tmp_path, base.model.sites())
 
 
-def test_an_adapter_on_the_router_has_no_place_in_peft(pair, tmp_path):
+@pytest.mark.parametrize(("site", "why"), [("router", "module name"), ("experts.up_proj", "target_parameters")])
+def test_an_adapter_on_the_router_or_on_experts_has_no_place_in_peft(pair, site, why, tmp_path):
     _, base = pair
-    cohort = Cohort.of(AdapterConfig(rank=2, targets=(r"layers\.moe\.router",)), base.model.sites())
+    cohort = Cohort.of(AdapterConfig(rank=2, targets=(rf"layers\.moe\.{site}",)), base.model.sites())
     adapter = cohort.init(jax.random.key(0))
-    with pytest.raises(PeftError, match=r"layers\.moe\.router"):
+    with pytest.raises(PeftError, match=rf"layers\.moe\.{site}.*{why}"):
         save_peft(tmp_path / "adapter", adapter, config=cohort.config, specs=cohort.specs)

@@ -1,4 +1,4 @@
-"""Two processes load one Hugging Face directory: each reads its shard, they share the hashing and agree."""
+"""Two processes load one Hugging Face directory: together they read and hash it once, each has its shard."""
 
 import json
 import os
@@ -21,6 +21,7 @@ CONFIG = ModelConfig(
 # Prints what the process hashed, and every shard that it has: {name: {bounds: values}}.
 LOAD = """
 import json, sys
+import jax
 import numpy as np
 from popax.distributed.bootstrap import ProcessConfig, several_processes
 from popax.modeling import hashing
@@ -30,12 +31,22 @@ from popax.sharding import make_mesh
 from popax.trees import flatten_named
 
 hashing.NOTED_FROM_BYTES = 1
-hashed, sha256 = [], StoredTensor.sha256
+hashed, sha256, matrices, read = [], StoredTensor.sha256, [], StoredTensor.read
 StoredTensor.sha256 = lambda tensor: hashed.append(tensor.name) or sha256(tensor)
+
+def counted(tensor, index):
+    found = read(tensor, index)
+    if found.ndim > 1:
+        matrices.append(found.nbytes)
+    return found
+
+StoredTensor.read = counted
 directory, address, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 with several_processes(ProcessConfig(coordinator=address, num_processes=2, process_id=index)):
     base = load_base(directory, mesh=make_mesh("fsdp=4"))
-    again = load_base(directory, mesh=make_mesh("fsdp=4"))
+    first = sum(matrices)
+    again = load_base(directory, mesh=make_mesh("population=2,tensor=2"))
+    total = sum(matrices)
 shards = {
     name: [
         [[part.indices(size)[:2] for part, size in zip(shard.index, leaf.shape)], np.asarray(shard.data).tolist()]
@@ -43,12 +54,18 @@ shards = {
     ]
     for name, leaf in flatten_named(base.params).items()
 }
-print(json.dumps({"hashed": hashed, "digests": [base.digest, again.digest], "shards": shards}))
+same = all(
+    np.array_equal(np.asarray(shard.data), np.asarray(alone)[shard.index])
+    for leaf, alone in zip(jax.tree.leaves(again.params), jax.tree.leaves(load_base(directory).params))
+    for shard in leaf.addressable_shards
+)
+numbers = {"matrix_bytes": [first, total - first], "again_is_the_same": same}
+print(json.dumps({"hashed": hashed, "digests": [base.digest, again.digest], "shards": shards, **numbers}))
 """
 
 
 @pytest.mark.slow
-def test_each_process_reads_its_shard_and_half_of_the_hashes(tmp_path):
+def test_two_processes_read_and_hash_every_matrix_once(tmp_path):
     write_random_weights(tmp_path, CONFIG, file_bytes=1 << 14)
     for file in tmp_path.iterdir():
         os.utime(file, (1_700_000_000, 1_700_000_000))
@@ -67,6 +84,9 @@ def test_each_process_reads_its_shard_and_half_of_the_hashes(tmp_path):
     names = sorted(name for one in found for name in one["hashed"])
     assert len(names) == len(set(names)) == 2 * 11 + 3, "each tensor is hashed once, by one of them, in the first load"
     assert all(one["digests"] == [alone.digest] * 2 for one in found)
+    matrices = sum(leaf.nbytes for name, leaf in flatten_named(alone.params).items() if not name.endswith("/scale"))
+    assert [sum(one["matrix_bytes"][load] for one in found) for load in (0, 1)] == [matrices, matrices]
+    assert all(one["again_is_the_same"] for one in found)
     for name, leaf in flatten_named(alone.params).items():
         whole, covered = np.asarray(leaf), np.zeros(leaf.shape, bool)
         for one in found:

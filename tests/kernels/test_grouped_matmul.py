@@ -54,7 +54,9 @@ def test_narrow_matrices_are_converted_where_they_are_used(form):
         getattr(pallas_gpu, form)(jnp.asarray(rows), jnp.asarray(w), jnp.asarray(sizes), interpret=True)
 
 
-@pytest.mark.parametrize("form", [reference.blocked_outer, reference.ragged_outer, api.grouped_outer])
+@pytest.mark.parametrize(
+    "form", [reference.blocked_outer, reference.tiled_outer, reference.ragged_outer, api.grouped_outer]
+)
 def test_outer_products_are_summed_within_their_group(operands, form):
     sizes, group, left, right, _ = operands
     # What lies beyond the last group is not meant, and may be anything.

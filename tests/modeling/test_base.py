@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from popax.errors import CheckpointError, ConfigError, SiteError
-from popax.modeling import hf, shards
+from popax.modeling import hf, shards, stored_weights
 from popax.modeling.base import RECORD, load_base, new_base, open_base, save_base
 from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
@@ -138,7 +138,7 @@ def test_each_device_reads_its_own_shard_and_nothing_more(tiny, directory, mesh,
         live.append(buffers[-1].nbytes)
         return buffers.pop()
 
-    monkeypatch.setattr(shards, "read_shard", recorded)
+    monkeypatch.setattr(stored_weights, "read_shard", recorded)
     monkeypatch.setattr(jax, "device_put", lambda value, device=None: device_put(np.array(value), device))
     params = load_base(directory, mesh=mesh).params
     leaves = jax.tree.leaves(params)
@@ -153,7 +153,7 @@ def test_a_layer_s_slice_touches_only_that_part_of_the_file(tiny, directory):
     source = hf.open_weights(directory, tiny.model).sources["layers/mlp/up_proj/kernel"]
     index = (slice(1, 3), slice(8, 16), slice(0, 24))
     with ThreadPoolExecutor() as pool:
-        shard = shards.read_shard(source, (3, 32, 48), np.dtype(np.float32), index, pool)
+        shard = shards.read_shard(source, (3, 32, 48), np.dtype(np.float32), pool, index)
     np.testing.assert_array_equal(shard, np.asarray(tiny.params["layers"]["mlp"]["up_proj"]["kernel"])[index])
     view = source.tensors[1].read(index[1:][::-1])
     assert (view.shape, view.strides, view.flags.writeable) == ((24, 8), (32 * 4, 4), False)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from popax.errors import CheckpointError
-from popax.modeling import hf, shards
+from popax.modeling import hf, shards, stored_weights
 from popax.modeling.base import load_base
 from popax.modeling.block_config import MLAConfig, MoEConfig
 from popax.modeling.config import ModelConfig
@@ -124,7 +124,7 @@ def test_a_device_reads_its_own_experts_only(stored, monkeypatch):
             opened[-1].add(tensor.name)
         return read(tensor, index)
 
-    monkeypatch.setattr(shards, "read_shard", recorded)
+    monkeypatch.setattr(stored_weights, "read_shard", recorded)
     monkeypatch.setattr(StoredTensor, "read", noted)
     base = load_base(directory, mesh=mesh)
     experts = [names for names in opened if any(".experts." in name for name in names)]
@@ -133,6 +133,19 @@ def test_a_device_reads_its_own_experts_only(stored, monkeypatch):
     for name, leaf in flatten_named(base.params).items():
         np.testing.assert_array_equal(leaf, meant[name], err_msg=name)
     assert base.params["layers"]["moe"]["experts"]["up_proj"]["kernel"].sharding.shard_shape((1, E, 160, 144))[1] == 1
+
+
+def test_rows_that_are_read_and_exchanged_are_the_same_base(stored):
+    directory, meant = stored
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("population", "expert", "tensor"))
+    model = Model(CONFIG)
+    weights = hf.open_weights(directory, model)
+    params, digest = weights.load(mesh=mesh, exchange=True)
+    assert digest == weights.digest()
+    wanted = flatten_named(model.shardings(mesh))
+    for name, leaf in flatten_named(params).items():
+        np.testing.assert_array_equal(leaf, meant[name], err_msg=name)
+        assert leaf.sharding.is_equivalent_to(wanted[name], leaf.ndim), name
 
 
 def test_factors_that_are_missing_or_do_not_fit_are_named(files, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 
 from popax.modeling import expert_parallel, experts
-from popax.modeling.experts import ExpertWeights, experts_backward, experts_forward
+from popax.modeling.experts import Choice, ExpertWeights, Outputs, Values, experts_backward, experts_forward
 from popax.modeling.routed import routed_experts
 from popax.sharding import DEFAULT_RULES, ShardingRules
 
@@ -27,6 +27,10 @@ def every_expert(x_MxD, expert_MxK, weight_MxK, weights):
     out_MxExD = jnp.einsum("mef,efd->med", hidden_MxExF, weights.down_ExFxD)
     chosen_MxKxE = jax.nn.one_hot(expert_MxK, weights.gate_ExDxF.shape[0], dtype=x_MxD.dtype)
     return jnp.einsum("med,mke,mk->md", out_MxExD, chosen_MxKxE, weight_MxK)
+
+
+def routed(x_MxD, expert_MxK, weight_MxK, weights, *rules):
+    return routed_experts(Values(x_MxD, weight_MxK), Choice(expert_MxK), weights, None, *rules).y_MxD
 
 
 @pytest.fixture
@@ -67,34 +71,36 @@ def test_forward_and_backward_are_those_of_the_masked_sum(case, chunk, missing, 
     expert = jnp.where(expert == 2, E, expert) if missing else expert  # E: no expert of this device
     dy = jnp.cos(x)
     out, pull = jax.vjp(lambda *operands: every_expert(operands[0], expert, *operands[1:]), x, weight, weights)
-    close(jax.jit(experts_forward)(x, expert, weight, weights), out)
-    found = jax.jit(lambda *operands: experts_backward(*operands, trained=True))(x, expert, weight, weights, dy)
-    close(found, pull(dy))
-    frozen = jax.jit(lambda *operands: experts_backward(*operands, trained=False))(x, expert, weight, weights, dy)
-    close(frozen, (*pull(dy)[:2], None))
+    operands = (Values(x, weight), Choice(expert), weights)
+    close(jax.jit(experts_forward)(*operands).y_MxD, out)
+    for trained in (True, False):
+        back = jax.jit(lambda *operands: experts_backward(*operands, trained=trained))  # noqa: B023
+        dvalues, dweights, dfactors = back(*operands, None, Outputs(dy))
+        close((dvalues.x_MxD, dvalues.weight_MxK, dweights), pull(dy) if trained else (*pull(dy)[:2], None))
+        assert dfactors is None
 
 
 def test_users_and_trained_experts_get_their_gradients(case):
     x, expert, weight, weights = case
-    close(gradients(routed_experts)(x, weight, weights, expert), gradients(every_expert)(x, weight, weights, expert))
+    close(gradients(routed)(x, weight, weights, expert), gradients(every_expert)(x, weight, weights, expert))
     first = (x[0], weight[0], weights, expert[0])
-    close(trained_gradients(routed_experts)(*first), trained_gradients(every_expert)(*first))
+    close(trained_gradients(routed)(*first), trained_gradients(every_expert)(*first))
     one = lambda function: jax.jit(jax.vmap(trained_gradients(function), in_axes=(0, 0, None, 0)))  # noqa: E731
-    close(one(routed_experts)(x, weight, weights, expert), one(every_expert)(x, weight, weights, expert))
+    close(one(routed)(x, weight, weights, expert), one(every_expert)(x, weight, weights, expert))
     many = ExpertWeights(*(jnp.stack([leaf, 2 * leaf, leaf, leaf]) for leaf in weights))
     own = lambda function: jax.jit(jax.vmap(function))(x, expert, weight, many)  # noqa: E731
-    close(own(routed_experts), own(every_expert))
+    close(own(routed), own(every_expert))
 
 
 def test_users_are_folded_into_tokens_and_weights_stay_everybodys(case):
     x, expert, weight, weights = case
-    text = gradients(routed_experts).lower(x, weight, weights, expert).as_text()
+    text = gradients(routed).lower(x, weight, weights, expert).as_text()
     assert f"tensor<{N * M * K}x{D}xf64>" in text  # copies of all users' tokens, together
     for shape in (f"{D}x{F}", f"{F}x{D}"):
         assert f"tensor<{N}x{E}x{shape}xf64>" not in text
         assert f"tensor<{N}x{shape}xf64>" not in text
     # A frozen expert has no gradient: nothing of its shape comes out of an operation.
-    made, trained = f"-> tensor<{E}x{D}x{F}xf64>", trained_gradients(routed_experts)
+    made, trained = f"-> tensor<{E}x{D}x{F}xf64>", trained_gradients(routed)
     assert made not in text
     assert made in trained.lower(x[0], weight[0], weights, expert[0]).as_text()
 
@@ -102,10 +108,10 @@ def test_users_are_folded_into_tokens_and_weights_stay_everybodys(case):
 def test_a_vmap_over_a_vmap_and_remat_change_nothing(case):
     x, expert, weight, weights = case
     want = gradients(every_expert)(x, weight, weights, expert)
-    again = jax.checkpoint(routed_experts)
+    again = jax.checkpoint(routed)
     close(gradients(again)(x, weight, weights, expert), want)
     pairs = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), (x, weight, expert))
-    nested = jax.jit(jax.vmap(gradients(routed_experts), in_axes=(0, 0, None, 0)))
+    nested = jax.jit(jax.vmap(gradients(routed), in_axes=(0, 0, None, 0)))
     found = nested(pairs[0], pairs[1], weights, pairs[2])
     close(jax.tree.map(lambda leaf: leaf.reshape(4, *leaf.shape[2:]), found), want)
 
@@ -118,8 +124,8 @@ def test_experts_spread_over_a_mesh_are_the_same_function(case, name):
     trained = trained_gradients(every_expert)(*flat)  # 37 tokens: no mesh divides them
     axes = MESHES[name]
     with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(*axes.values()), tuple(axes))):
-        close(gradients(routed_experts)(x, weight, weights, expert), wanted)
-        close(trained_gradients(routed_experts)(*flat), trained)
+        close(gradients(routed)(x, weight, weights, expert), wanted)
+        close(trained_gradients(routed)(*flat), trained)
 
 
 def test_experts_lie_where_the_rules_put_them(case):
@@ -129,7 +135,7 @@ def test_experts_lie_where_the_rules_put_them(case):
     rules = ShardingRules(rules=tuple((dict(DEFAULT_RULES) | moved).items()))
 
     def along_tensor(*operands):
-        return routed_experts(*operands, rules)
+        return routed(*operands, rules)
 
     with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tensor"))):
         found = expert_parallel.spread(rules)

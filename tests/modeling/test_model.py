@@ -13,7 +13,7 @@ from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named
-from popax.types import NO_ADAPT
+from popax.types import NO_ADAPT, ExpertFactors, ExpertTerms
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -42,6 +42,22 @@ class Shift:
 
     def adapts(self, site):
         return site in self.amounts
+
+    def expert_terms(self, x_BxTxD, sites):
+        """Features of rank 1 that are the amount, or nothing, and factors of ones."""
+        given = [site in self.amounts for site in sites]
+        if not any(given):
+            return None
+        lows = [
+            jnp.broadcast_to(self.amounts[site], (*x_BxTxD.shape[:2], 1)) if has else None
+            for site, has in zip(sites[:2], given[:2], strict=True)
+        ]
+        ones = [jnp.ones((1, 8, 1, 16)) if has else None for has in given]  # as many and as wide as in every family
+        factors = ExpertFactors(gate=ones[0], up=ones[1], down=ones[2], in_order=True)
+        return ExpertTerms(jnp.zeros(x_BxTxD.shape[:2], jnp.int32), *lows, factors)
+
+    def after_experts(self, site, low_BxTxR, y_BxTxD):
+        return y_BxTxD + self.amounts[site] * low_BxTxR
 
     def __call__(self, x, ys):
         assert all(x.shape[:-1] == y.shape[:-1] for y in ys.values())

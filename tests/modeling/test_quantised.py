@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from popax.errors import ConfigError, SiteError
 from popax.modeling import expert_parallel
 from popax.modeling.config import ModelConfig
-from popax.modeling.experts import ExpertWeights
+from popax.modeling.experts import Choice, ExpertWeights, Values
 from popax.modeling.grouped import grouped_product, grouped_product_back
 from popax.modeling.model import Model
 from popax.modeling.quantise_rules import QuantiseRule, QuantiseRules, as_rules
@@ -113,7 +113,9 @@ def test_quantised_experts_are_dense_experts(rule, axes):
     chosen = jnp.asarray(np.stack([rng.permuted(np.arange(E))[:2] for _ in range(12)]).reshape(2, 6, 2), jnp.int32)
 
     def gradients(weights):
-        loss = lambda x, chosen, score: jnp.sum(jnp.sin(routed_experts(x, chosen, score, weights)))  # noqa: E731
+        def loss(x, chosen, score):
+            return jnp.sum(jnp.sin(routed_experts(Values(x, score), Choice(chosen), weights).y_MxD))
+
         return jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 2))))(x, chosen, score)
 
     wanted = gradients(whole)

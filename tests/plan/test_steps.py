@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from popax.adapters.base import AdapterConfig
+from popax.adapters.cohort import Cohort
+from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
+from popax.modeling.model import Model
 from popax.plan.collectives import collectives, crossing
 from popax.plan.config import STEPS, MeshShape, PlanConfig
 from popax.plan.hlo import parse
@@ -31,10 +34,10 @@ CONFIG = PlanConfig(
 )
 
 
-def build(config, name):
+def build(config, name, model=MODEL):
     sizes = config.mesh.sizes
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(tuple(sizes.values())), tuple(sizes))
-    built = StepBuilder.of(config, MODEL, mesh).build(name)
+    built = StepBuilder.of(config, model, mesh).build(name)
     with jax.set_mesh(mesh):
         jitted = jax.jit(built.call, donate_argnums=built.donated, out_shardings=built.results)
         return name, built, jitted.lower(*built.operands.values()).compile()
@@ -72,3 +75,19 @@ def test_nothing_but_metrics_crosses_the_population(name):
     found = collectives(parse(compiled.as_text()), config.mesh.sizes)
     assert any(one.axes == ("fsdp",) for one in found)
     assert crossing(found, "population", CONFIG.users) == []
+
+
+def test_adapters_of_routed_experts_lie_with_the_experts_and_their_users():
+    """Users are spread over the experts' devices too, but what they have at experts lies where those do."""
+    model = dataclasses.replace(MODEL, moe=MoEConfig(num_experts=4, experts_per_token=2, expert_ffw_dim=16))
+    adapter = AdapterConfig(rank=2, targets=(r"layers\.moe\.experts\..*",))
+    config = dataclasses.replace(CONFIG, mesh=MeshShape(population=2, fsdp=2, expert=2), adapter=adapter)
+    _, built, compiled = build(config, "train", model)
+    adapters, sizes = built.operands["adapters"], config.mesh.sizes
+    b = adapters["layers.moe.experts.up_proj"]["b"]
+    assert b.sharding.spec == PartitionSpec(("population", "fsdp"), None, "expert", None, "tensor")
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(adapters))
+    assert held == config.users * Cohort.of(adapter, Model(model).sites()).num_params // 8
+    found = crossing(collectives(parse(compiled.as_text()), sizes), "population", config.users)
+    # This host's partitioner makes the lookup of embeddings everybody's on such a mesh, whatever is adapted.
+    assert [one.op_name for one in found if not one.op_name.endswith("vmap(jvp())/gather")] == []

@@ -22,7 +22,7 @@ from popax.sharding import ShardingRules
 from popax.trees import member
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
-TARGETS = (ALL_LINEAR, r"layers\.moe\.router")
+TARGETS = (ALL_LINEAR, r"layers\.moe\.(router|experts\..*)")
 MODEL = Model(
     ModelConfig(
         **{"vocab_size": 32, "embed_dim": 16, "ffw_dim": 24, "num_layers": 3, "num_heads": 2, "num_kv_heads": 2},
@@ -60,12 +60,13 @@ def close(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), left, right)
 
 
-def test_adapters_reach_both_stacks_latents_shared_experts_and_router():
+def test_adapters_reach_both_stacks_latents_experts_and_router():
     names = {name.partition(".")[2] for name in make(1).cohort.specs if name.startswith("layers.")}
-    assert names >= {"attn.q_a_proj", "attn.kv_b_proj", "moe.shared.down_proj", "moe.router"}
+    assert names >= {"attn.q_a_proj", "attn.kv_b_proj", "moe.shared.down_proj", "moe.router", "moe.experts.up_proj"}
     assert {"dense_layers.mlp.up_proj", "dense_layers.attn.kv_a_proj"} <= set(make(1).cohort.specs)
     default = Cohort.of(AdapterConfig(rank=2), MODEL.sites()).specs
-    assert set(MODEL.sites()) - set(default) == {"layers.moe.router", "lm_head"}  # the router is off by default
+    routed = {f"layers.moe.{name}" for name in ("router", *(f"experts.{w}_proj" for w in ("gate", "up", "down")))}
+    assert set(MODEL.sites()) - set(default) == {*routed, "lm_head"}  # off by default
 
 
 def test_invariants_1_and_9_a_member_alone_and_the_base_as_it_was(random_batch):

@@ -31,7 +31,10 @@ MODEL = Model(
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [1, 2, 3]]
 SLOTS = [0, 1, 1, -1]
 # With an adapter on kv_b_proj decode expands the cache, without it is absorbed.
-TARGETS = {"all": (ALL_LINEAR,), "not_kv_b": (r"layers\..*\.(q|kv_a|o|gate|up|down)_proj", r"layers\.moe\.router")}
+TARGETS = {
+    "all": (ALL_LINEAR, r".*experts\..*"),
+    "not_kv_b": (r"layers\..*\.(q|kv_a|o|gate|up|down)_proj", r"layers\.moe\.router"),
+}
 
 
 @pytest.mark.parametrize(("name", "quantise"), [("all", None), ("not_kv_b", "int8")])
