@@ -18,7 +18,16 @@ def test_the_numbers_are_the_commands_output(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_ce_v5e", "load_8b", "load_warm"]
+    "name",
+    [
+        "kernels_slots",
+        "kernels_tpu_v5e",
+        "kernels_grouped_v5e",
+        "kernels_ce_v5e",
+        "load_8b",
+        "load_warm",
+        "load_together",
+    ],
 )
 def test_the_tables_with_rows_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"

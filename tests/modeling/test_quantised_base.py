@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from popax.errors import CheckpointError, ConfigError
-from popax.modeling import rounded
+from popax.modeling import hf, rounded
 from popax.modeling.base import load_base, save_base
 from popax.modeling.quantise_rules import QuantiseRule
 from popax.modeling.quantised import round_weight
@@ -47,6 +47,7 @@ def test_weights_are_rounded_while_they_are_read(directory, tiny, quantise, mesh
     }
     sharded = load_base(directory, quantise=quantise, mesh=mesh)
     same(sharded.params, base.params)
+    same(hf.open_weights(directory, base.model).load(mesh=mesh, exchange=True)[0], base.params)
     assert flatten_named(sharded.params)["layers/attn/q_proj/kernel/values"].sharding.num_devices == 8
     # popax's own format: quantised when read, and as it was written.
     plain = load_base(directory)
