@@ -17,9 +17,10 @@ def test_the_numbers_are_the_commands_output(tmp_path):
     assert output.read_text() == (BENCHMARKS / "numbers.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_ce_v5e", "load_8b", "load_warm"]
-)
+KERNELS = ("kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_ce_v5e")
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "load_8b", "load_warm", "quantised_tinystories"])
 def test_the_tables_with_rows_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"
     assert main(["report", str(BENCHMARKS / f"{name}.json"), "--rows", "600", "--output", str(output)]) == 0
