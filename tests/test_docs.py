@@ -28,11 +28,13 @@ def test_the_tables_with_rows_are_the_commands_output(tmp_path, name):
 
 
 def test_the_plans_are_the_commands_output(tmp_path):
-    """Every committed plan has its gin file, and the page shows what the command prints of all of them."""
-    plans = sorted((BENCHMARKS.parent / "plans").glob("*.json"))
-    assert plans, "docs/plans holds no report"
-    for plan in plans:
-        assert (BENCHMARKS.parents[1] / "configs" / "runs" / f"{plan.stem}.gin").is_file(), plan
-    output = tmp_path / "plans.md"
-    assert main(["report", *map(str, plans), "--output", str(output)]) == 0
-    assert output.read_text() == (plans[0].parent / "plans.md").read_text()
+    """Every committed plan has its gin file, and the pages show what the command prints of all of them."""
+    folder = BENCHMARKS.parent / "plans"
+    for place, page in ((folder, "plans.md"), (folder / "replicas", "replicas.md")):
+        plans = sorted(place.glob("*.json"))
+        assert plans, f"{place} holds no report"
+        for plan in plans:
+            assert (BENCHMARKS.parents[1] / "configs" / "runs" / f"{plan.stem}.gin").is_file(), plan
+        output = tmp_path / page
+        assert main(["report", *map(str, plans), "--output", str(output)]) == 0
+        assert output.read_text() == (folder / page).read_text()

@@ -55,7 +55,12 @@ def _ragged(rows: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, dims: Ragge
 def ragged_outer(
     left_RxA: jax.Array, right_RxB: jax.Array, sizes_E: jax.Array, *, dtype: jnp.dtype | None = None
 ) -> jax.Array:
-    return jax.lax.ragged_dot_general(left_RxA, right_RxB, sizes_E, OUTER, preferred_element_type=dtype)
+    # The TPU's compiler fails where the sizes do not fill their tiles, of up to 1024: groups without rows fill them up.
+    groups = sizes_E.shape[0]
+    tile = min(1024, 1 << (groups - 1).bit_length())
+    full_E = jnp.pad(sizes_E, (0, -groups % tile))
+    out = jax.lax.ragged_dot_general(left_RxA, right_RxB, full_E, OUTER, preferred_element_type=dtype)
+    return out[:groups]
 
 
 def blocked_matmul(rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array) -> jax.Array:

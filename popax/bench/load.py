@@ -5,11 +5,12 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,16 @@ SETTLED_S = 2.5  # younger files are hashed, and not noted
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchLoadConfig:
     """meshes: as `--mesh`, one device a process or more; processes: how many the mesh is shared out over, of which
-    `process` is measured. file_bytes: of each file. cold: read from the disk, not from the page cache."""
+    `process` is measured: alone, reading what it wants in the end and reading its share of the rows. together: all of
+    them run and exchange; the slowest and the largest is reported. file_bytes: of each file. cold: read from the disk,
+    not from the page cache."""
 
     meshes: tuple[str, ...] = ("tensor=8", "fsdp=8", "fsdp=2,tensor=4")
     processes: int = 8
     process: int = 1
     rounds: int = 3
     file_bytes: int = 1 << 29
+    together: bool = False
     cold: bool = False
     seed: int = 0
 
@@ -83,63 +87,71 @@ def bench_load(
         figures = {"files": files, "files_bytes": nbytes, "digest_once_s": time.perf_counter() - started}
         rows = []
         for mesh in config.meshes:
-            rows.append({"mesh": mesh, **_row(measure_apart(_job(config, directory, mesh)))})
-            progress("  ".join(f"{key} {_short(value)}" for key, value in rows[-1].items()))
+            for how, jobs in _jobs(config, directory, mesh).items():
+                rows.append({"mesh": mesh, "reads": how, **_row(measure_apart(jobs))})
+                progress("  ".join(f"{key} {_short(value)}" for key, value in rows[-1].items()))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return figures | {f"{name}_worst": max(row[name] for row in rows) for name in RATIOS}, rows
 
 
-def measure_apart(job: LoadJob) -> LoadResult:
-    """`load_child.measure` in a process of its own, with the devices of the whole mesh. Raises what it names."""
-    count = device_count(job.mesh)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "popax.bench.load_child"],
-        input=json.dumps(dataclasses.asdict(job)),
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ConfigError(
-            f"the loading process ended with {done.returncode}: {' / '.join(done.stderr.splitlines()[-5:])}"
-        )
-    answer = json.loads(done.stdout)
-    if "error" in answer:
-        raise ConfigError(answer["error"])
-    answer |= {name: [Cost(*one) for one in answer[name]] for name in COSTS}
-    return LoadResult(**answer)
+def measure_apart(jobs: Sequence[LoadJob]) -> list[LoadResult]:
+    """`load_child.measure` of each job in a process of its own, all at once. Raises ConfigError where one fails."""
+    processes = [_start(job) for job in jobs]
+    written = [process.communicate() for process in processes]
+    results = []
+    for process, (output, errors) in zip(processes, written, strict=True):
+        if process.returncode:
+            last = " / ".join(errors.splitlines()[-5:])
+            raise ConfigError(f"a loading process ended with {process.returncode}: {last}")
+        answer = json.loads(output)
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        results.append(LoadResult(**answer | {name: [Cost(*one) for one in answer[name]] for name in COSTS}))
+    return results
 
 
-def _job(config: BenchLoadConfig, directory: Path, mesh: str) -> LoadJob:
-    named = ("processes", "process", "rounds", "cold")
-    return LoadJob(directory=str(directory), mesh=mesh, **{name: getattr(config, name) for name in named})
+def _start(job: LoadJob) -> subprocess.Popen:
+    """The child: it has the devices of the whole mesh where it is alone, else its part of them."""
+    count = device_count(job.mesh) // (1 if job.coordinator is None else job.processes)
+    flags = f"--xla_force_host_platform_device_count={count}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "popax.bench.load_child", json.dumps(dataclasses.asdict(job))]
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
-def _row(result: LoadResult) -> dict[str, Any]:
-    load, read, read_files = (
-        np.asarray([(one.seconds, one.cpu_seconds) for one in costs]).T
-        for costs in (result.load, result.read, result.read_files)
-    )
+def _jobs(config: BenchLoadConfig, directory: Path, mesh: str) -> dict[str, list[LoadJob]]:
+    """{what is read: the jobs of the processes that run for it}."""
+    named = {name: getattr(config, name) for name in ("processes", "process", "rounds", "cold")}
+    one = LoadJob(directory=str(directory), mesh=mesh, **named)
+    if not config.together:
+        return {"shard": [one], "rows": [dataclasses.replace(one, exchange=True)]}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    everyone = range(config.processes)
+    return {"rows, exchanged": [dataclasses.replace(one, coordinator=address, process=index) for index in everyone]}
+
+
+def _row(results: Sequence[LoadResult]) -> dict[str, Any]:
+    """Of the processes: the slowest's time in each round, the largest peak beside the smallest shard."""
+    load, read, read_files = (np.asarray([getattr(result, name) for result in results]).max(axis=0).T for name in COSTS)
     seconds = {"load_s": load[0], "read_s": read[0], "read_files_s": read_files[0], "load_cpu_s": load[1]}
     ratios = {
         "load_over_read": load[0] / read[0],
         "load_over_read_cpu": load[1] / read[1],
         "load_over_read_files": load[0] / read_files[0],
     }
+    shard, peak = min(result.shard_bytes for result in results), max(result.peak_bytes for result in results)
     return {
-        "shard_bytes": result.shard_bytes,
-        "peak_bytes": result.peak_bytes,
-        "peak_over_shard": result.peak_bytes / result.shard_bytes,
+        "shard_bytes": shard,
+        "peak_bytes": peak,
+        "peak_over_shard": peak / shard,
         **{name: float(np.median(values)) for name, values in (ratios | seconds).items()},
-        "load_gb_per_s": result.shard_bytes / float(np.median(load[0])) / 1e9,
-        "before_bytes": result.before_bytes,
-        "threads": result.threads,
+        "load_gb_per_s": shard / float(np.median(load[0])) / 1e9,
+        "before_bytes": max(result.before_bytes for result in results),
+        "threads": results[0].threads,
     }
 
 

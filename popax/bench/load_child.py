@@ -1,8 +1,8 @@
 """One process of a larger mesh loads its shard of a base: what it takes beside merely reading as many bytes.
 
-`python -m popax.bench.load_child` reads a `LoadJob` as JSON from standard input and writes a `LoadResult` as JSON to
-standard output, or {"error": message} for what a user can cause. It is a process of its own because memory that a
-process once had counts in its peak, and because it has as many devices as the whole mesh.
+`python -m popax.bench.load_child JOB`, a `LoadJob` as JSON, writes a `LoadResult` as JSON to standard output, or
+{"error": message} for what a user can cause. It is a process of its own because memory that a process once had counts
+in its peak, and because it has as many devices as the whole mesh.
 """
 
 import dataclasses
@@ -11,15 +11,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from popax.bench.host_memory import peak_resident_bytes, reset_peak, resident_bytes
+from popax.distributed.bootstrap import ProcessConfig, several_processes
 from popax.errors import PopaxError
 from popax.modeling import hf
 from popax.modeling.model import Model
@@ -33,7 +35,9 @@ READ_BYTES = 1 << 23
 class LoadJob:
     """mesh: as `--mesh`, over all processes' devices; of these, process `process` of `processes` has its equal part.
 
-    cold: the files leave the page cache before each measurement, so that it reads the disk.
+    coordinator: where the processes meet, which then load together; None: this one alone does what it would do among
+    them, without the exchange. exchange: it reads its share of the rows, not what it wants in the end. cold: the files
+    leave the page cache before each measurement, so that it reads the disk.
     """
 
     directory: str
@@ -42,6 +46,8 @@ class LoadJob:
     process: int
     rounds: int
     cold: bool
+    exchange: bool = False
+    coordinator: str | None = None
 
 
 class Cost(NamedTuple):
@@ -68,22 +74,28 @@ class LoadResult:
 
 def measure(job: LoadJob) -> LoadResult:
     """Load once for the memory, then load and read in turns. Raises what loading raises."""
-    mesh = make_mesh(job.mesh)
-    per_process = mesh.devices.size // job.processes
-    devices = list(mesh.devices.flat)[job.process * per_process : (job.process + 1) * per_process]
+    if job.coordinator is None:
+        return _measure(job, make_mesh(job.mesh), lambda: None)
+    process = ProcessConfig(coordinator=job.coordinator, num_processes=job.processes, process_id=job.process)
+    with several_processes(process) as group:
+        return _measure(job, make_mesh(job.mesh), group.barrier)
+
+
+def _measure(job: LoadJob, mesh: Mesh, meet: Callable[[], None]) -> LoadResult:
     model = Model(hf.read_config(Path(job.directory)))
     weights = hf.open_weights(Path(job.directory), model)
-    jax.block_until_ready(jax.device_put(np.zeros(1), devices[0]))
     files = sorted({part.file for source in weights.sources.values() for t in source.tensors for part in t.stored})
+    jax.block_until_ready(jax.device_put(np.zeros(1), jax.local_devices()[0]))
+    meet()
     gc.collect()
     before = resident_bytes()
     reset_peak()
-    shard_bytes = _load(weights, mesh, devices)
+    shard_bytes = _load(job, weights, mesh)
     peak = peak_resident_bytes() - before
     threads = ThreadPoolExecutor()._max_workers
     works = {
         "read": lambda: _read_kept(files, shard_bytes, threads),
-        "load": lambda: _load(weights, mesh, devices),
+        "load": lambda: _load(job, weights, mesh),
         "read_files": lambda: _read_all(files, threads),
     }
     costs = {name: [] for name in works}
@@ -92,17 +104,24 @@ def measure(job: LoadJob) -> LoadResult:
             if job.cold:
                 _leave_page_cache(files)
             gc.collect()
+            meet()
             started, cpu = time.perf_counter(), time.process_time()
             work()
             costs[name].append(Cost(time.perf_counter() - started, time.process_time() - cpu))
     return LoadResult(shard_bytes=shard_bytes, peak_bytes=peak, before_bytes=before, threads=threads, **costs)
 
 
-def _load(weights: StoredWeights, mesh: jax.sharding.Mesh, devices: Sequence) -> int:
+def _load(job: LoadJob, weights: StoredWeights, mesh: Mesh) -> int:
     """Bytes of the shards; a buffer that several devices share counts once."""
-    shards, _ = weights.load_shards(mesh, devices)
-    buffers = {array.unsafe_buffer_pointer(): array.nbytes for own in shards.values() for array in own.values()}
-    return sum(buffers.values())
+    if job.coordinator is not None:
+        params, _ = weights.load(mesh=mesh)
+        arrays = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    else:
+        each = mesh.devices.size // job.processes
+        devices = list(mesh.devices.flat)[job.process * each : (job.process + 1) * each]
+        shards, _ = weights.load_shards(mesh, devices, exchange=job.exchange)
+        arrays = [array for own in shards.values() for array in own.values()]
+    return sum({array.unsafe_buffer_pointer(): array.nbytes for array in arrays}.values())
 
 
 def _read_kept(files: Sequence[Path], nbytes: int, threads: int) -> None:
@@ -147,7 +166,7 @@ def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not get between the answer's lines
     try:
-        result = dataclasses.asdict(measure(LoadJob(**json.load(sys.stdin))))
+        result = dataclasses.asdict(measure(LoadJob(**json.loads(sys.argv[1]))))
     except PopaxError as error:
         result = {"error": str(error)}
     json.dump(result, answer)

@@ -11,16 +11,26 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from popax.modeling.shards import ReadPart, read_array
 
 Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """read: how the array is to be read, wanted: how it is to lie. swapped: the axes that go from rows to columns;
-    gathered: those over which it is replicated. row, column: the array's axes that are stored rows and columns."""
+    """How an array like this is read, in slabs of its first axis, and how it is to lie.
 
+    swapped: the axes that go from rows to columns; gathered: those over which it is replicated. row, column: the
+    array's axes that are stored rows and columns.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    slabs: int
     read: NamedSharding
     wanted: NamedSharding
     swapped: Axes
@@ -28,9 +38,17 @@ class Exchange:
     row: int
     column: int
 
-    def __call__(self, array: jax.Array) -> jax.Array:
-        """The array as it is wanted; called by all processes of the mesh."""
-        return _exchanged(self, array)
+    def __call__(self, read: ReadPart) -> jax.Array:
+        """The array as it is wanted; called by all processes of the mesh. One slab is on its way at a time."""
+        if self.slabs == 1:
+            return jax.block_until_ready(_exchanged(self, read_array(read, self.shape, self.read)))
+        size = self.shape[0] // self.slabs
+        array = jax.jit(lambda: jnp.zeros(self.shape, self.dtype), out_shardings=self.wanted)()
+        for at in range(0, self.shape[0], size):
+            shape = (size, *self.shape[1:])
+            slab = read_array(functools.partial(_slab, read, slice(at, at + size)), shape, self.read)
+            array = jax.block_until_ready(_filled(self, array, slab, np.int32(at)))
+        return array
 
     def local(self, part: jax.Array) -> jax.Array:
         """What a device does, of what it read."""
@@ -41,17 +59,35 @@ class Exchange:
         return part
 
 
+def _slab(read: ReadPart, first: slice, index: tuple[slice, ...]) -> np.ndarray:
+    return read((first, *index[1:]))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _exchanged(plan: Exchange, array: jax.Array) -> jax.Array:
+def _exchanged(plan: Exchange, part: jax.Array) -> jax.Array:
     specs = {"mesh": plan.read.mesh, "in_specs": plan.read.spec, "out_specs": plan.wanted.spec}
-    return jax.shard_map(plan.local, **specs, check_vma=False)(array)
+    return jax.shard_map(plan.local, **specs, check_vma=False)(part)
 
 
-def plan_exchange(shape: tuple[int, ...], wanted: NamedSharding, *, stacked: int, transposed: bool) -> Exchange | None:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _filled(plan: Exchange, array: jax.Array, slab: jax.Array, at: np.int32) -> jax.Array:
+    """The array with the exchanged slab in its place, in the array's memory."""
+
+    def local(array: jax.Array, slab: jax.Array, at: jax.Array | np.int32) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, plan.local(slab), at, axis=0)
+
+    specs = {"in_specs": (plan.wanted.spec, plan.read.spec, PartitionSpec()), "out_specs": plan.wanted.spec}
+    return jax.shard_map(local, mesh=plan.read.mesh, **specs, check_vma=False)(array, slab, at)
+
+
+def plan_exchange(
+    like: jax.ShapeDtypeStruct, wanted: NamedSharding, *, stacked: int, transposed: bool
+) -> Exchange | None:
     """How an array [stacked..., rows, columns], or with columns before rows where it is transposed, is read in rows.
 
     None where it is wanted in rows already, or its rows do not divide over the mesh.
     """
+    shape = like.shape
     if len(shape) - stacked != 2:
         return None
     row, column = (stacked + 1, stacked) if transposed else (stacked, stacked + 1)
@@ -67,7 +103,17 @@ def plan_exchange(shape: tuple[int, ...], wanted: NamedSharding, *, stacked: int
         return None
     entries[row], entries[column] = entries[row] + swapped + gathered, ()
     read = NamedSharding(mesh, PartitionSpec(*(axes or None for axes in entries)))
-    return Exchange(read=read, wanted=wanted, swapped=swapped, gathered=gathered, row=row, column=column)
+    return Exchange(
+        shape=shape,
+        dtype=np.dtype(like.dtype),
+        slabs=shape[0] if stacked and not entries[0] else 1,
+        read=read,
+        wanted=wanted,
+        swapped=swapped,
+        gathered=gathered,
+        row=row,
+        column=column,
+    )
 
 
 def _axes(entry: str | Iterable[str] | None) -> Axes:

@@ -26,6 +26,8 @@ TILE_PADDING = 8
 # What jax's CPU devices ask of a buffer that they take as it is, without a copy.
 ALIGNMENT = 64
 
+# What reads a part of an array: its slice at these indices.
+ReadPart = Callable[[tuple[slice, ...]], np.ndarray]
 Device = Any  # jax.Device is a variable, and no type to a checker of types
 
 
@@ -60,7 +62,7 @@ class Source(NamedTuple):
 
 
 def read_shards(
-    read: Callable[[tuple[slice, ...]], np.ndarray],
+    read: ReadPart,
     shape: tuple[int, ...],
     sharding: NamedSharding | None,
     devices: Iterable[Device],
@@ -79,6 +81,12 @@ def read_shards(
             owners = [other for other in devices if indices[other] == indices[device]]
             arrays |= {other: jax.block_until_ready(jax.device_put(buffer, other)) for other in owners}
     return {device: arrays[device] for device in devices}
+
+
+def read_array(read: ReadPart, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """The array of which each device of this process reads its own shard."""
+    shards = read_shards(read, shape, sharding, sharding.addressable_devices_indices_map(shape))
+    return jax.make_array_from_single_device_arrays(shape, sharding, list(shards.values()))
 
 
 def read_shard(

@@ -17,7 +17,7 @@ from popax.modeling.digest import TensorRecord, digest_records
 from popax.modeling.exchange import Exchange, plan_exchange
 from popax.modeling.hashing import Hashing
 from popax.modeling.model import Model
-from popax.modeling.shards import Device, Source, read_shard, read_shards
+from popax.modeling.shards import Device, ReadPart, Source, read_array, read_shard, read_shards
 from popax.modeling.tensor_files import StoredTensor
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
@@ -51,15 +51,15 @@ class StoredWeights:
         """
         group, params = ProcessGroup.of(mesh), {}
         places = self._places(mesh, rules, group.count > 1 if exchange is None else exchange)
-        devices = [None] if mesh is None else mesh.local_devices
         with self._hashing(group, verify) as hashing:
-            for name, shards in self._shards(places, devices, hashing):
-                place, arrays = places[name], list(shards.values())
-                if place.read is None:
-                    params[name] = arrays[0]
-                    continue
-                array = jax.make_array_from_single_device_arrays(place.shape, place.read, arrays)
-                params[name] = array if place.exchange is None else jax.block_until_ready(place.exchange(array))
+            for name, read in self._readers(hashing):
+                place = places[name]
+                if place.exchange is not None:
+                    params[name] = place.exchange(read)
+                elif place.read is None:
+                    params[name] = read_shards(read, place.shape, None, [None])[None]
+                else:
+                    params[name] = read_array(read, place.shape, place.read)
             return unflatten_named(params), self._digest(hashing)
 
     def load_shards(
@@ -74,31 +74,32 @@ class StoredWeights:
 
         exchange: the shares that are exchanged, before they are.
         """
+        places = self._places(mesh, rules, exchange)
         with self._hashing(ProcessGroup.of(mesh), False) as hashing:
-            shards = dict(self._shards(self._places(mesh, rules, exchange), devices, hashing))
+            shards = {
+                name: read_shards(read, places[name].shape, places[name].read, devices)
+                for name, read in self._readers(hashing)
+            }
             return shards, self._digest(hashing)
 
     def _places(self, mesh: Mesh | None, rules: ShardingRules | None, exchange: bool) -> dict[str, "_Place"]:
-        shapes = {name: like.shape for name, like in flatten_named(self.model.abstract()).items()}
+        shapes, places = flatten_named(self.model.abstract()), {}
         if mesh is None:
-            return {name: _Place(shape, None, None) for name, shape in shapes.items()}
-        places = {}
+            return {name: _Place(like.shape, None, None) for name, like in shapes.items()}
         for name, wanted in flatten_named(self.model.shardings(mesh, rules)).items():
+            like = shapes[name]
             options = {"stacked": self.sources[name].stacked, "transposed": self.sources[name].transposed}
-            plan = plan_exchange(shapes[name], wanted, **options) if exchange else None
-            places[name] = _Place(shapes[name], wanted if plan is None else plan.read, plan)
+            plan = plan_exchange(like, wanted, **options) if exchange else None
+            places[name] = _Place(like.shape, wanted if plan is None else plan.read, plan)
         return places
 
-    def _shards(
-        self, places: Mapping[str, "_Place"], devices: Sequence[Device], hashing: Hashing
-    ) -> Iterator[tuple[str, dict[Device, jax.Array]]]:
-        """One parameter after the other: (name, {device: what it reads})."""
+    def _readers(self, hashing: Hashing) -> Iterator[tuple[str, ReadPart]]:
+        """One parameter after the other: (name, what reads a part of it); its hashing begins with it."""
         shapes = flatten_named(self.model.abstract())
         for name, source in self.sources.items():
             hashing.begin(self._stored(name))
             shape, dtype = shapes[name].shape, np.dtype(shapes[name].dtype)
-            read = functools.partial(read_shard, source, shape, dtype, hashing.pool)
-            yield name, read_shards(read, shape, places[name].read, devices)
+            yield name, functools.partial(read_shard, source, shape, dtype, hashing.pool)
 
     def digest(self, *, verify: bool = False) -> str:
         """The same digest, without loading the weights."""

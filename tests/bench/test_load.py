@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from popax.bench import load
 from popax.bench.host_memory import peak_resident_bytes, reset_peak, resident_bytes
 from popax.bench.load import BenchLoadConfig, device_count, measure_apart
 from popax.bench.load_child import LoadJob
@@ -32,14 +33,14 @@ def directory(tmp_path_factory):
 
 
 def test_a_process_has_its_shard_and_little_more(directory):
-    """The shard is columns of most of what is stored, rows of the rest."""
+    """The shard is columns of most of what is stored, rows of the rest; or as many rows, before they are exchanged."""
     job = LoadJob(directory=str(directory), mesh="fsdp=2", processes=2, process=1, rounds=1, cold=False)
-    result = measure_apart(job)
     total = sum(value.nbytes for file in directory.glob("*.safetensors") for value in load_file(file).values())
-    assert total / 2 <= result.shard_bytes < 0.51 * total  # norms are in both
-    assert result.peak_bytes <= 1.3 * result.shard_bytes
-    assert result.peak_bytes >= 0.9 * result.shard_bytes, "the shard itself is not in the measurement"
-    assert len(result.load) == len(result.read) == len(result.read_files) == 1
+    for result in measure_apart([job, dataclasses.replace(job, exchange=True)]):
+        assert total / 2 <= result.shard_bytes < 0.51 * total  # norms are in both
+        assert result.peak_bytes <= 1.3 * result.shard_bytes
+        assert result.peak_bytes >= 0.9 * result.shard_bytes, "the shard itself is not in the measurement"
+        assert len(result.load) == len(result.read) == len(result.read_files) == 1
 
 
 def test_a_peak_is_seen_and_forgotten():
@@ -69,12 +70,13 @@ def test_random_weights_are_a_base_of_many_files(tmp_path):
             write_random_weights(tmp_path / "other", config, file_bytes=1 << 17)
 
 
-def test_the_command_reports_figures_and_leaves_no_files(tmp_path):
+def test_the_command_reports_figures_and_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "SETTLED_S", 0.0)
     shape = dataclasses.asdict(TINY)
     named = ("vocab_size", "embed_dim", "ffw_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "qk_norm")
     bindings = [f"ModelConfig.{name} = {shape[name]!r}" for name in named]
     bindings += ["BenchLoadConfig.meshes = ('fsdp=2,tensor=2',)", "BenchLoadConfig.processes = 2"]
-    bindings += ["BenchLoadConfig.rounds = 2", "BenchLoadConfig.cold = True"]
+    bindings += ["BenchLoadConfig.rounds = 1", "BenchLoadConfig.cold = True", "BenchLoadConfig.together = True"]
     arguments = [part for binding in bindings for part in ("--gin_param", binding)]
     place = tmp_path / "place"
     place.mkdir()
@@ -82,8 +84,9 @@ def test_the_command_reports_figures_and_leaves_no_files(tmp_path):
     report = json.loads((tmp_path / "load.json").read_text())
     wanted = {"files", "files_bytes", "digest_once_s", "peak_over_shard_worst", "load_over_read_worst"}
     assert wanted <= set(report["figures"])
-    assert report["rows"][0]["mesh"] == "fsdp=2,tensor=2"
-    assert report["rows"][0]["shard_bytes"] > 0
+    (row,) = report["rows"]
+    assert (row["mesh"], row["reads"]) == ("fsdp=2,tensor=2", "rows, exchanged")
+    assert row["shard_bytes"] > 0
     assert list(place.iterdir()) == []
 
 
@@ -105,7 +108,17 @@ def test_devices_of_a_mesh():
     assert device_count("fsdp=2,tensor=4") == 8
 
 
-def test_the_childs_error_is_the_parents(tmp_path):
-    job = LoadJob(directory=str(tmp_path), mesh="tensor=2", processes=2, process=0, rounds=1, cold=False)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        measure_apart(job)
+def test_the_childs_error_is_the_parents(monkeypatch):
+    class Child:
+        returncode = 0
+
+        def communicate(self):
+            return '{"error": "no base to load"}', ""
+
+    monkeypatch.setattr(load, "_start", lambda job: Child())
+    job = LoadJob(directory="nowhere", mesh="tensor=2", processes=2, process=0, rounds=1, cold=False)
+    with pytest.raises(ConfigError, match="no base to load"):
+        measure_apart([job])
+    monkeypatch.setattr(Child, "returncode", 3)
+    with pytest.raises(ConfigError, match="a loading process ended with 3"):
+        measure_apart([job])

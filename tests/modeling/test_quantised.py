@@ -20,6 +20,7 @@ from popax.modeling.quantised import Quantised, contract, dense, round_weight, s
 from popax.modeling.routed import routed_experts
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
+from popax.types import ExpertFactors
 from tests.modeling.conftest import CONFIGS
 
 RULES = {
@@ -104,7 +105,7 @@ def test_grouped_products_are_those_of_dense_experts(rule, sizes):
 
 @pytest.mark.parametrize("rule", ["int8", "int4"], indirect=True)
 @pytest.mark.parametrize("axes", [{}, {"expert": 2, "fsdp": 2, "tensor": 2}])
-def test_quantised_experts_are_dense_experts(rule, axes):
+def test_quantised_experts_are_dense_experts_with_adapters_too(rule, axes):
     experts = [weight(E, seed=seed) / 100 for seed in range(2)] + [weight(E, seed=2).swapaxes(1, 2) / 100]
     rounded = ExpertWeights(*(jax.tree.map(jnp.asarray, round_weight(w, rule, np)) for w in experts))
     whole = ExpertWeights(*(dense(w, jnp.float32) for w in rounded))
@@ -112,11 +113,17 @@ def test_quantised_experts_are_dense_experts(rule, axes):
     x, score = (jnp.asarray(rng.normal(size=(2, 6, width)), jnp.float32) for width in (A, 2))
     chosen = jnp.asarray(np.stack([rng.permuted(np.arange(E))[:2] for _ in range(12)]).reshape(2, 6, 2), jnp.int32)
 
-    def gradients(weights):
-        def loss(x, chosen, score):
-            return jnp.sum(jnp.sin(routed_experts(Values(x, score), Choice(chosen), weights).y_MxD))
+    low, factor = (jnp.asarray(rng.normal(size=shape) / 100, jnp.float32) for shape in ((2, 6, 2), (2, 1, E, 2, B)))
+    values, factors = Values(x, score, low, low), ExpertFactors(gate=factor, up=factor, down=factor, in_order=True)
 
-        return jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 2))))(x, chosen, score)
+    def gradients(weights):
+        """Of two users with adapters on the experts."""
+
+        def loss(values, factors, expert):
+            outputs = routed_experts(values, Choice(expert, jnp.zeros((6, 1), jnp.int32)), weights, factors)
+            return sum(jnp.sum(jnp.sin(leaf)) for leaf in outputs)
+
+        return jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=(0, 1))))(values, factors, chosen)
 
     wanted = gradients(whole)
     with mesh_of(axes) if axes else contextlib.nullcontext():
