@@ -17,18 +17,11 @@ def test_the_numbers_are_the_commands_output(tmp_path):
     assert output.read_text() == (BENCHMARKS / "numbers.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "kernels_slots",
-        "kernels_tpu_v5e",
-        "kernels_grouped_v5e",
-        "kernels_ce_v5e",
-        "load_8b",
-        "load_warm",
-        "load_together",
-    ],
-)
+KERNELS = ("kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_ce_v5e", "kernels_grouped_matmul_h200")
+LOADING = ("load_8b", "load_warm", "load_together")
+
+
+@pytest.mark.parametrize("name", [*KERNELS, *LOADING, "quantised_tinystories"])
 def test_the_tables_with_rows_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"
     assert main(["report", str(BENCHMARKS / f"{name}.json"), "--rows", "600", "--output", str(output)]) == 0
