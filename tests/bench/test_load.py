@@ -17,6 +17,8 @@ from popax.errors import ConfigError
 from popax.modeling.base import load_base
 from popax.modeling.config import ModelConfig
 
+# A strip of 2^20 entries as it is read, converted and turned, at most four bytes each.
+STRIPS_BYTES = 12 << 20
 SHAPE = {"num_layers": 6, "num_heads": 16, "num_kv_heads": 4, "head_dim": 64, "qk_norm": True}
 # 0.17 billion parameters: large beside what a strip of each thread takes.
 CONFIG = ModelConfig(**SHAPE, vocab_size=32000, embed_dim=1024, ffw_dim=3072, dtype="bfloat16", param_dtype="bfloat16")
@@ -33,12 +35,15 @@ def directory(tmp_path_factory):
 
 
 def test_a_process_has_its_shard_and_little_more(directory):
-    """The shard is columns of most of what is stored, rows of the rest; or as many rows, before they are exchanged."""
+    """The shard is columns of most of what is stored, rows of the rest; or as many rows, before they are exchanged.
+
+    Beside it are the strips that threads have in hand, which weigh at this size and not at a real one's.
+    """
     job = LoadJob(directory=str(directory), mesh="fsdp=2", processes=2, process=1, rounds=1, cold=False)
     total = sum(value.nbytes for file in directory.glob("*.safetensors") for value in load_file(file).values())
     for result in measure_apart([job, dataclasses.replace(job, exchange=True)]):
         assert total / 2 <= result.shard_bytes < 0.51 * total  # norms are in both
-        assert result.peak_bytes <= 1.3 * result.shard_bytes
+        assert result.peak_bytes <= 1.05 * result.shard_bytes + result.threads * STRIPS_BYTES
         assert result.peak_bytes >= 0.9 * result.shard_bytes, "the shard itself is not in the measurement"
         assert len(result.load) == len(result.read) == len(result.read_files) == 1
 

@@ -50,6 +50,7 @@ def _sums(lora_math, operands, slot):
     return sums, sizes
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(
         st.integers(1, 90), st.integers(1, 9), st.integers(1, 70), st.integers(1, 50), st.sampled_from((1, 3, 16, 20))

@@ -58,6 +58,7 @@ def _check_rows(lora_math, out, x, a, b, y, scale, slot, ranks, dtype):
         lora_math.assert_close(out[row], want, magnitude, dtype, x.shape[1] + live)
 
 
+@pytest.mark.slow
 @given(
     tokens=st.integers(1, 12),
     slots=st.integers(1, 9),
@@ -114,6 +115,7 @@ def test_decode_says_what_it_does_not_take(shape, message):
         )
 
 
+@pytest.mark.slow
 @given(
     rows=st.integers(1, 300),
     slots=st.integers(1, 9),
@@ -220,6 +222,7 @@ def test_the_accelerators_road_is_the_cpus(lora_math, monkeypatch, tokens, with_
     np.testing.assert_array_equal(got[0][1], y[1] if with_y else 0.0)
 
 
+@pytest.mark.slow
 def test_sites_that_share_x_are_one_launch(lora_math, monkeypatch):
     """q, k and v of one rank decode together, one of another rank apart; values and gradients are each site's own."""
     x, slot = lora_math.normal(1, (6, 1, 24)), jnp.asarray([0, -1, 3, 3, 9, 1], jnp.int32)

@@ -61,6 +61,7 @@ def _core_shape(core, rank):
     return (rank, rank) if core == "matrix" else (rank,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(
     shape=st.tuples(

@@ -41,6 +41,7 @@ def _run(kernel, x, a, b, scale, g, y):
     return out, h, module.backward(g, x, h, a, b, scale, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(
     shape=st.tuples(

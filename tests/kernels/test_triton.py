@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ KINDS = ("distinct", "uniform", "zipf", "identical", "skewed")
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 70), st.integers(1, 50), st.integers(1, 40))
 
 
+@pytest.mark.slow
 @given(
     shape=SHAPES,
     kind=st.sampled_from(KINDS),

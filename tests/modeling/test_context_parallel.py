@@ -65,6 +65,7 @@ def step_of(config: ModelConfig, mesh: Mesh | None):
         return program(params, {}, state, batch), program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "axes"),
     [(DENSE, {"population": 2, "context": 4}), (MIXTURE, {"population": 2, "expert": 2, "context": 2})],

@@ -30,6 +30,7 @@ MIXTURE = dataclasses.replace(
 USERS, TOKENS = 2, 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "policies"),
     [(DENSE, ("none", "projections", "attention", "full")), (MIXTURE, ("none", "projections"))],

@@ -69,6 +69,7 @@ def test_adapters_reach_both_stacks_latents_experts_and_router():
     assert set(MODEL.sites()) - set(default) == {*routed, "lm_head"}  # off by default
 
 
+@pytest.mark.slow
 def test_invariants_1_and_9_a_member_alone_and_the_base_as_it_was(random_batch):
     setup = make(4)
     together, alone = map(jax.jit, setup.programs())

@@ -37,6 +37,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "quantise"), [("all", None), ("not_kv_b", "int8")])
 def test_invariant_5_a_batch_of_mixed_users_equals_each_user_alone(name, quantise):
     model = Model(dataclasses.replace(MODEL.config, quantise=quantise))

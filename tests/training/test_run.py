@@ -51,6 +51,7 @@ def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_pa
     assert moved > 0, "nothing was trained"
 
 
+@pytest.mark.slow
 def test_invariant_6_stopping_at_every_round_changes_nothing(base, pipeline_of, train_config, tmp_path):
     pipeline, config = pipeline_of(5), train_config(slots=3)
     straight, _ = train(base, pipeline, config, tmp_path / "straight")
@@ -63,6 +64,7 @@ def test_invariant_6_stopping_at_every_round_changes_nothing(base, pipeline_of, 
     assert contents(interrupted) == contents(straight)
 
 
+@pytest.mark.slow
 def test_users_who_wait_in_host_memory_are_trained_to_the_same_bytes(base, pipeline_of, train_config, tmp_path):
     """Seven users by turns of two slots, stopped once on the way, against two slots that each user keeps."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("population",))
@@ -131,6 +133,7 @@ def test_a_user_with_nothing_to_learn_from_gets_no_revision(base, train_config, 
         train(base, pipeline, train_config(slots=2, min_examples=9), tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_failed_write_stops_the_run_and_nothing_is_lost(base, pipeline_of, train_config, tmp_path, monkeypatch):
     pipeline, config = pipeline_of(5), train_config(slots=2)
     straight, _ = train(base, pipeline, config, tmp_path / "straight")
