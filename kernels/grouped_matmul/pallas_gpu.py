@@ -26,15 +26,14 @@ class Blocks(NamedTuple):
 def matmul(
     rows_RxA: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, *, blocks: Blocks | None = None, interpret: Any = False
 ) -> jax.Array:
-    """As `reference.matmul`, in rows' dtype. Raises NotImplementedError for float64, and for w in another
-    dtype."""
+    """As `reference.matmul`, in rows' dtype; w in that or in int8. Raises NotImplementedError for other dtypes."""
     return _product(rows_RxA, w_ExAxB, sizes_E, blocks, interpret, back=False)
 
 
 def back(
     rows_RxB: jax.Array, w_ExAxB: jax.Array, sizes_E: jax.Array, *, blocks: Blocks | None = None, interpret: Any = False
 ) -> jax.Array:
-    """As `reference.back`, in rows' dtype. Raises NotImplementedError for float64."""
+    """As `reference.back`, in rows' dtype; w in that or in int8. Raises NotImplementedError for other dtypes."""
     return _product(rows_RxB, w_ExAxB, sizes_E, blocks, interpret, back=True)
 
 
@@ -67,8 +66,8 @@ def _tiles(sizes_E: jax.Array, rows: int, tile: int) -> triton.Tiles:
 
 def _product(rows, w_ExAxB, sizes_E, blocks: Blocks | None, interpret, *, back: bool) -> jax.Array:
     triton_lora.check(rows)
-    if w_ExAxB.dtype != rows.dtype:
-        raise NotImplementedError(f"w is {w_ExAxB.dtype} beside rows in {rows.dtype}: the GPU form takes one dtype")
+    if w_ExAxB.dtype not in (rows.dtype, jnp.int8):
+        raise NotImplementedError(f"w is {w_ExAxB.dtype} beside rows in {rows.dtype}: the GPU form takes that or int8")
     (count, inner), groups = rows.shape, w_ExAxB.shape[0]
     blocks = blocks or default_blocks(count, groups)
     columns = w_ExAxB.shape[1] if back else w_ExAxB.shape[2]
@@ -105,7 +104,8 @@ def _kernel(group, first, end, rows, w, out, *, blocks: Blocks, inner: int, colu
             rows.at[row_t[:, None], depth_d[None, :]], mask=mine_t[:, None] & inside_d[None, :], other=0.0
         )
         at = (own, column_c[None, :], depth_d[:, None]) if back else (own, depth_d[:, None], column_c[None, :])
-        w_dxc = plgpu.load(w.at[at], mask=inside_d[:, None] & inside_c[None, :], other=0.0)
+        zero = 0 if jnp.issubdtype(w.dtype, jnp.integer) else 0.0
+        w_dxc = plgpu.load(w.at[at], mask=inside_d[:, None] & inside_c[None, :], other=zero)
         return acc_txc + triton.product(x_txd, w_dxc.astype(x_txd.dtype))
 
     # An empty tile does no work.

@@ -9,6 +9,7 @@ from jax._src.lib import triton
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
+from popax.kernels.grouped_matmul import ops as grouped_matmul
 from popax.kernels.table import OPS
 
 TRITON = "pallas_triton"
@@ -60,6 +61,13 @@ def test_it_lowers_with_its_kernels_inside(op, spec):
     names = triton_kernels(module)
     assert names
     assert all(name.startswith(f"popax_{op.name.split('.')[0]}") for name in names), names
+
+
+@pytest.mark.parametrize("op", grouped_matmul.OPS, ids=lambda op: op.name)
+def test_experts_in_int8_lower(op):
+    rows, w, sizes = op.operands(op.specs[0], jnp.bfloat16)
+    narrow = jax.ShapeDtypeStruct(w.shape, jnp.int8)
+    assert triton_kernels(exported(op.implementations[TRITON], (rows, narrow, sizes)))
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if TRITON in op.implementations], ids=lambda op: op.name)

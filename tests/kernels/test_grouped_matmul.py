@@ -1,5 +1,7 @@
 """Grouped products: the host's blocks, XLA's ragged dots and the GPU's kernel against a product for each row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,12 +48,13 @@ def test_narrow_matrices_are_converted_where_they_are_used(form):
     rows = rng.normal(size=(20, 6 if form == "matmul" else 7)).astype(np.float32)
     line = "ra,rab->rb" if form == "matmul" else "rb,rab->ra"
     want = np.einsum(line, rows[:17].astype(np.float64), np.repeat(w, sizes, axis=0).astype(np.float64))
-    for run in (getattr(reference, f"blocked_{form}"), getattr(reference, f"ragged_{form}")):
+    on_gpu = functools.partial(getattr(pallas_gpu, form), interpret=True)
+    for run in (getattr(reference, f"blocked_{form}"), getattr(reference, f"ragged_{form}"), on_gpu):
         out = run(jnp.asarray(rows), jnp.asarray(w), jnp.asarray(sizes))
         assert out.dtype == jnp.float32
         np.testing.assert_allclose(out[:17], want, rtol=1e-5, atol=1e-4)
-    with pytest.raises(NotImplementedError, match="int8"):
-        getattr(pallas_gpu, form)(jnp.asarray(rows), jnp.asarray(w), jnp.asarray(sizes), interpret=True)
+    with pytest.raises(NotImplementedError, match="int16"):
+        on_gpu(jnp.asarray(rows), jnp.asarray(w, jnp.int16), jnp.asarray(sizes))
 
 
 @pytest.mark.parametrize(
