@@ -70,3 +70,11 @@ def two_rows(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     if array.shape[axes[0]] != 1:
         return array
     return jnp.pad(array, [(0, 1 if axis in axes else 0) for axis in range(array.ndim)])
+
+
+def block_shapes(tokens: int, d_in: int, d_out: int) -> list[tuple[int, int, int]]:
+    """(rows, columns of x, columns of y) of a step, worth trying: divisors, large enough for whole transfers."""
+    tiles = [tile for tile in (128, 256, 512) if tokens % tile == 0] or [tokens]
+    widths = (512, 1024, 2048)
+    pairs = [(wide, out) for wide in widths for out in widths if d_in % wide == 0 and d_out % out == 0]
+    return [(tile, *pair) for tile in tiles for pair in pairs]

@@ -12,7 +12,7 @@ from popax.kernels.grouped_matmul import pallas_gpu, reference
 from popax.kernels.grouped_matmul.arg_specs import ArgSpec
 
 _BLOCKS = {"pallas_triton": pallas_gpu.Blocks}
-# XLA multiplies every row by every group's matrix on GPU, or goes through the blocks one after the other.
+# XLA multiplies every row by every group's matrix on GPU.
 _UNTUNED = {"cuda": "pallas_triton"}
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from popax.kernels import tpu
 from popax.kernels.op import Cost, Op, nbytes
 from popax.kernels.shared_core import pallas_gpu, pallas_tpu, reference
 from popax.kernels.shared_core.arg_specs import (
@@ -155,14 +156,8 @@ def _candidates(spec, implementation: str) -> tuple:
         tiles = [tile for tile in (16, 64, 128) if tile <= rows] or [1]
         shapes = [(tile, block, span) for tile in tiles for block in (64, 128) for span in (512, 2048)]
         return tuple(pallas_gpu.Blocks(*shape, warps, 3) for shape in shapes for warps in (4, 8))
-    tiles = [tile for tile in (128, 256, 512) if spec.tokens % tile == 0] or [spec.tokens]
-    widths = [
-        (d_in, d_out)
-        for d_in in (512, 1024, 2048)
-        for d_out in (512, 1024, 2048)
-        if spec.d_in % d_in == 0 and spec.d_out % d_out == 0
-    ]
-    return tuple(pallas_tpu.Blocks(tile, *width, resident) for tile in tiles for width in widths for resident in (0, 1))
+    shapes = tpu.block_shapes(spec.tokens, spec.d_in, spec.d_out)
+    return tuple(pallas_tpu.Blocks(*shape, resident) for shape in shapes for resident in (0, 1))
 
 
 _TYPES = {"block_types": {"pallas_tpu": pallas_tpu.Blocks, "pallas_triton": pallas_gpu.Blocks}, "blocks": _candidates}

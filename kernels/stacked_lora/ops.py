@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from popax.kernels import triton, triton_lora
+from popax.kernels import tpu, triton, triton_lora
 from popax.kernels.op import Cost, Op, nbytes
 from popax.kernels.stacked_lora import pallas_gpu, pallas_tpu, reference
 from popax.kernels.stacked_lora.arg_specs import ARG_SPECS, ArgSpec
@@ -72,14 +72,7 @@ def _candidates(*, backward: bool):
     def candidates(spec: ArgSpec, implementation: str) -> tuple:
         if implementation == "pallas_triton":
             return triton_lora.candidates(spec.tokens, spec.rank, backward=backward)
-        tiles = [tile for tile in (128, 256, 512) if spec.tokens % tile == 0] or [spec.tokens]
-        widths = [
-            (d_in, d_out)
-            for d_in in (512, 1024, 2048)
-            for d_out in (512, 1024, 2048)
-            if spec.d_in % d_in == 0 and spec.d_out % d_out == 0
-        ]
-        return tuple(pallas_tpu.Blocks(tile, *width) for tile in tiles for width in widths)
+        return tuple(pallas_tpu.Blocks(*shape) for shape in tpu.block_shapes(spec.tokens, spec.d_in, spec.d_out))
 
     return candidates
 
