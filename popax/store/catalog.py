@@ -1,20 +1,26 @@
 """The catalog: every user's revisions, in one database."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import tensorstore as ts
 
 from popax.adapters.base import AdapterConfig, SiteSpec
-from popax.errors import BaseMismatchError, CatalogError, CorruptRevisionError, RevisionNotFoundError
+from popax.errors import CatalogError, PopulationError
+from popax.store import deletion, pointers
 from popax.store.cohort import StoredCohort, cohort_id
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, storage_errors
+from popax.store.deletion import Deletion, Derived
 from popax.store.layout import RowLayout
+from popax.store.loading import RevisionLoader
 from popax.store.manifest import Manifest, UserRecord
-from popax.store.reader import all_users, read_manifests, read_rows, read_users, revisions_of
-from popax.store.records import shown
+from popax.store.optimizer import read_optimizer
+from popax.store.pointers import Which
+from popax.store.reader import all_users, read_users
 from popax.store.registry import CohortRegistry
 from popax.store.writer import publish, stage, write
 from popax.types import AdapterState
@@ -34,6 +40,7 @@ class Catalog:
         self._database = database
         self._read_only = read_only
         self._registry = CohortRegistry(database)
+        self._loader = RevisionLoader(database, self._registry)
 
     @classmethod
     def open(
@@ -91,9 +98,21 @@ class Catalog:
         provenance: Mapping[str, Any] | None = None,
         hparams: Mapping[str, Any] | None = None,
         run: str | None = None,
+        derived_from: Sequence[tuple[str, int]] = (),
+        optimizer: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """One user's next revision: durable when this returns. Fields as in `Commit`, errors as `commit_batch`."""
-        one = Commit(user, adapter, parent=parent, metrics=metrics, provenance=provenance, hparams=hparams, run=run)
+        one = Commit(
+            user,
+            adapter,
+            parent=parent,
+            metrics=metrics,
+            provenance=provenance,
+            hparams=hparams,
+            run=run,
+            derived_from=derived_from,
+            optimizer=optimizer,
+        )
         return self.commit_batch(cohort, [one])[0]
 
     def commit_batch(self, cohort: StoredCohort, commits: Sequence[Commit]) -> list[Manifest]:
@@ -101,7 +120,8 @@ class Catalog:
 
         A revision whose run and bytes equal those of the user's latest is not written again. Raises ConflictError
         where a parent is not the latest or another writer came first, PopulationError where an adapter does not fit
-        the cohort, StorageError where the disk is full or the store refuses.
+        the cohort, RevisionNotFoundError where one is derived from what is not there, StorageError where the disk is
+        full or the store refuses.
         """
         self._check_writable(cohort)
         return write(self._database, cohort, commits) if commits else []
@@ -128,75 +148,104 @@ class Catalog:
         return publish(self._database, cohort, staged) if staged else []
 
     def _check_writable(self, cohort: StoredCohort) -> None:
-        if self._read_only:
-            raise CatalogError(f"cannot commit: {self._database.place!r} was opened read-only")
+        self._writable("commit")
         self._registry.known(cohort.id)
 
     def exists(self, user: str) -> bool:
         """Whether the user has a revision."""
-        return read_users(self._database, None, [user])[0] is not None
+        return self.records([user])[0] is not None
 
-    def load(self, user: str, revision: int | None = None, *, base_digest: str | None = None) -> Loaded:
-        """One revision, the latest by default. Its leaves are NumPy [L, ...], views of the one row that was read.
+    def records(self, users: Sequence[str]) -> list[UserRecord | None]:
+        """Each user's pointers, read in parallel; None for an unknown user."""
+        return read_users(self._database, None, users)
+
+    def load(self, user: str, revision: Which = None, *, base_digest: str | None = None) -> Loaded:
+        """One revision: a number, "latest" (the default), "promoted", or a tag. Its leaves are NumPy [L, ...], views of
+        the one row that was read.
 
         Raises RevisionNotFoundError; CorruptRevisionError where the bytes do not match their digest;
         BaseMismatchError where base_digest is given and the adapter was made for another base.
         """
-        return self._load([(user, revision)], base_digest)[0]
+        return self.load_batch([user], revision, base_digest=base_digest)[0]
 
-    def load_batch(self, users: Sequence[str], *, base_digest: str | None = None) -> list[Loaded]:
-        """The latest revision of each user, in their order, read in parallel. Errors as `load`."""
-        return self._load([(user, None) for user in users], base_digest)
+    def load_batch(
+        self, users: Sequence[str], revision: Which = None, *, base_digest: str | None = None
+    ) -> list[Loaded]:
+        """One revision of each user, in their order, read in parallel. Errors as `load`."""
+        read = self._loader.rows([(user, revision) for user in users], base_digest)
+        return [(self.cohort_of(manifest).layout.unpack(row), manifest) for manifest, row in read]
+
+    def load_stacked(
+        self, users: Sequence[str], revision: Which = None, *, base_digest: str | None = None
+    ) -> tuple[AdapterState, list[Manifest]]:
+        """One revision of each user, stacked: NumPy leaves [N, L, ...], ready for a population's slots.
+
+        Raises PopulationError where the users are none or of several cohorts, else as `load`.
+        """
+        read = self._loader.rows([(user, revision) for user in users], base_digest)
+        cohorts = {manifest.cohort for manifest, _ in read}
+        if len(cohorts) != 1:
+            raise PopulationError(f"{len(users)} users of {len(cohorts)} cohorts do not stack: name users of one")
+        layout = self._registry.known(cohorts.pop()).layout
+        rows_NxB = np.empty((len(read), layout.row_bytes), np.uint8)
+        for index, (_, row) in enumerate(read):
+            rows_NxB[index] = row
+        return layout.unpack(rows_NxB), [manifest for manifest, _ in read]
+
+    def load_optimizer(self, manifest: Manifest) -> dict[str, Any]:
+        """The optimizer's state that was committed beside a revision. Raises RevisionNotFoundError where none was."""
+        return read_optimizer(self._database, manifest)
 
     def history(self, user: str) -> list[Manifest]:
         """The user's manifests, oldest first. Raises RevisionNotFoundError for an unknown user."""
-        requests = [(user, revision) for revision in revisions_of(self._database, user)]
-        if not requests:
-            raise self._unknown(user)
-        found = read_manifests(self._database, requests, self._registry.known)
-        return [manifest for manifest in found if manifest is not None]
+        record = self._loader.record(user)
+        return self._loader.manifests([(record, at) for at in range(record.oldest, record.latest + 1)])
 
-    def _load(self, requests: Sequence[tuple[str, int | None]], base_digest: str | None) -> list[Loaded]:
-        manifests = self._manifests(requests)
-        by_place: dict[tuple[str, int], list[int]] = {}
-        for index, manifest in enumerate(manifests):
-            if base_digest is not None and manifest.base_digest != base_digest:
-                raise BaseMismatchError(
-                    f"{manifest.shown} was made for the base {manifest.base_digest}, not for {base_digest}; load that "
-                    "base, or train the user on this one"
-                )
-            by_place.setdefault((manifest.cohort, manifest.shard), []).append(index)
-        adapters: dict[int, AdapterState] = {}
-        for (name, shard), indices in by_place.items():
-            cohort = self._registry.known(name)
-            stored = self._registry.rows(cohort, shard)
-            rows = read_rows(self._database, stored, [manifests[index] for index in indices])
-            adapters |= {index: cohort.layout.unpack(row) for index, row in zip(indices, rows, strict=True)}
-        return [(adapters[index], manifest) for index, manifest in enumerate(manifests)]
+    def pack(self, cohort: StoredCohort, adapters_N: AdapterState) -> np.ndarray:
+        """Stacked adapters (leaves [N, L, ...]) as rows, uint8 [N, row_bytes]: each is what a `Commit` may hold."""
+        return cohort.layout.pack_stacked(adapters_N)
 
-    def _manifests(self, requests: Sequence[tuple[str, int | None]]) -> list[Manifest]:
-        users = read_users(self._database, None, [user for user, _ in requests])
-        wanted = []
-        for (user, revision), record in zip(requests, users, strict=True):
-            if record is None:
-                raise self._unknown(user)
-            wanted.append((user, record.latest if revision is None else revision))
-            if not 1 <= wanted[-1][1] <= record.latest:
-                raise RevisionNotFoundError(
-                    f"user {shown(user)} has revisions 1 to {record.latest}, there is no revision {revision}"
-                )
-        found = []
-        manifests = read_manifests(self._database, wanted, self._registry.known)
-        for (user, revision), manifest in zip(wanted, manifests, strict=True):
-            if manifest is None:
-                raise CorruptRevisionError(f"{shown(user)}@{revision} has lost its manifest; load another revision")
-            found.append(manifest)
-        return found
+    def tag(self, user: str, name: str, revision: Which = None) -> UserRecord:
+        """Give a revision (default: the latest) a name, or move the name to it."""
+        return self._pointer(pointers.tag, user, name, revision)
 
-    def _unknown(self, user: str) -> RevisionNotFoundError:
-        return RevisionNotFoundError(
-            f"user {shown(user)} has no revision in {self._database.place!r}; train one, or check the id"
-        )
+    def untag(self, user: str, name: str) -> UserRecord:
+        """Take a name away."""
+        return self._pointer(pointers.untag, user, name)
+
+    def promote(self, user: str, revision: Which = None, *, expected: int | None = None) -> UserRecord:
+        """Make serving follow this revision (default: the latest); see `pointers.promote`. Asks no gate: that is
+        `popax.evaluation.promotion`'s."""
+        return self._pointer(functools.partial(pointers.promote, expected=expected), user, revision)
+
+    def rollback(self, user: str, revision: Which = None) -> UserRecord:
+        """Make serving follow the revision that it followed before, or an earlier promoted one."""
+        return self._pointer(pointers.rollback, user, revision)
+
+    def delete(self, user: str) -> Deletion:
+        """Remove every revision of the user, and all that names it; says what else was derived from it.
+
+        The bytes are unreachable when this returns, and gone from the files after `gc`.
+        """
+        self._writable("delete")
+        return deletion.delete(self._database, user)
+
+    def prune(self, user: str, *, before: int) -> list[int]:
+        """Remove the user's revisions below `before`; returns them. See `deletion.prune`."""
+        self._writable("prune")
+        return deletion.prune(self._database, user, before)
+
+    def tainted(self, user: str) -> Sequence[Derived]:
+        """The revisions of others that were derived from the user's, whether or not the user is still there."""
+        return deletion.tainted(self._database, user)
+
+    def _pointer(self, change: Callable[..., UserRecord], *arguments: Any) -> UserRecord:
+        self._writable("move a pointer")
+        return change(self._database, *arguments)
+
+    def _writable(self, what: str) -> None:
+        if self._read_only:
+            raise CatalogError(f"cannot {what}: {self._database.place!r} was opened read-only")
 
     # The last method, because its name hides the built-in in the annotations of those below it.
     def list(self, prefix: str = "") -> Sequence[UserRecord]:

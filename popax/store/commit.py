@@ -1,8 +1,10 @@
 """What a writer hands over for one user: with its bytes, and once these lie in a shard, without."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+
+import numpy as np
 
 from popax.store.records import as_stored
 from popax.types import AdapterState
@@ -10,17 +12,24 @@ from popax.types import AdapterState
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """One user's new revision. parent: "latest" continues whatever is latest, a number must be the latest, None
-    must be the user's first. run: see `Manifest.run`."""
+    """One user's new revision.
+
+    adapter: the tree, or its packed row (uint8 [row_bytes], as `Catalog.pack` makes them for a whole population).
+    parent: "latest" continues whatever is latest, a number must be the latest, None must be the user's first. run: see
+    `Manifest.run`. derived_from: (user, revision) of each revision that this one was made from. optimizer: a nested
+    dict of arrays, kept beside the revision so that its training continues exactly.
+    """
 
     user: str
-    adapter: AdapterState
+    adapter: AdapterState | np.ndarray
     _: dataclasses.KW_ONLY
     parent: int | Literal["latest"] | None = "latest"
     metrics: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] | None = None
     hparams: Mapping[str, Any] | None = None
     run: str | None = None
+    derived_from: Sequence[tuple[str, int]] = ()
+    optimizer: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,7 @@ class Revision:
     metrics: Mapping[str, Any]
     provenance: Mapping[str, Any]
     hparams: Mapping[str, Any]
+    derived_from: tuple[tuple[str, int], ...] = ()
     row: int = -1
     shard: int = 0
 
@@ -48,6 +58,7 @@ class Revision:
             metrics=as_stored(commit.metrics),
             provenance=as_stored(commit.provenance),
             hparams=as_stored(commit.hparams),
+            derived_from=tuple((parent, revision) for parent, revision in commit.derived_from),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,4 +67,4 @@ class Revision:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Revision":
-        return cls(**record)
+        return cls(**record | {"derived_from": tuple((parent, at) for parent, at in record["derived_from"])})

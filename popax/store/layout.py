@@ -1,6 +1,7 @@
 """How one user's adapter becomes one row of bytes, and back."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -53,30 +54,52 @@ class RowLayout:
 
     def pack(self, tree: Mapping[str, Any]) -> np.ndarray:
         """uint8 [row_bytes]. Raises PopulationError where the tree's leaves, shapes or dtypes are not the layout's."""
+        return self._pack(tree, ())
+
+    def pack_stacked(self, tree_N: Mapping[str, Any]) -> np.ndarray:
+        """uint8 [N, row_bytes] of N adapters stacked on the first axis of every leaf. Errors as `pack`."""
+        leaves = list(flatten_named(tree_N).values())
+        return self._pack(tree_N, leaves[0].shape[:1] if leaves else (0,))
+
+    def checked(self, adapter: Mapping[str, Any] | np.ndarray) -> np.ndarray:
+        """The row of an adapter that is a tree, or is packed already. Errors as `pack`."""
+        if isinstance(adapter, Mapping):
+            return self.pack(adapter)
+        if adapter.dtype != np.uint8 or adapter.shape != (self.row_bytes,):
+            raise PopulationError(
+                f"a packed adapter of {adapter.dtype} {list(adapter.shape)} does not fit its cohort's rows of uint8 "
+                f"[{self.row_bytes}]"
+            )
+        return adapter
+
+    def _pack(self, tree: Mapping[str, Any], lead: tuple[int, ...]) -> np.ndarray:
         flat = flatten_named(tree)
         if list(flat) != [leaf.name for leaf in self.leaves]:
             differing = sorted(set(flat) ^ {leaf.name for leaf in self.leaves})
             raise PopulationError(f"the adapter does not fit its cohort: only one of them has the leaves {differing}")
-        row = np.zeros(self.row_bytes, np.uint8)
+        rows = np.zeros((*lead, self.row_bytes), np.uint8)
         for leaf in self.leaves:
             array = np.asarray(flat[leaf.name])
-            if (array.shape, array.dtype.name) != (leaf.shape, leaf.dtype):
+            if (array.shape, array.dtype.name) != ((*lead, *leaf.shape), leaf.dtype):
                 raise PopulationError(
                     f"leaf {leaf.name!r} is {array.dtype.name} {list(array.shape)}; "
-                    f"its cohort stores {leaf.dtype} {list(leaf.shape)}"
+                    f"its cohort stores {leaf.dtype} {[*lead, *leaf.shape]}"
                 )
             little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-            row[leaf.offset : leaf.offset + leaf.nbytes] = little.reshape(-1).view(np.uint8)
-        return row
+            rows[..., leaf.offset : leaf.offset + leaf.nbytes] = little.reshape((*lead, -1)).view(np.uint8)
+        return rows
 
-    def unpack(self, row: np.ndarray) -> dict[str, Any]:
-        """The tree of a uint8 row: views into it, not copies. Raises CatalogError on a row of another length."""
-        if row.dtype != np.uint8 or row.shape != (self.row_bytes,):
-            raise CatalogError(f"a row of {row.dtype} {list(row.shape)} is not the layout's uint8 [{self.row_bytes}]")
-        flat = {}
+    def unpack(self, rows: np.ndarray) -> dict[str, Any]:
+        """The tree of a uint8 row, or of rows [N, row_bytes] (leaves then are [N, ...]): views, not copies.
+
+        Raises CatalogError on rows of another length.
+        """
+        if rows.dtype != np.uint8 or rows.shape[-1:] != (self.row_bytes,):
+            raise CatalogError(f"a row of {rows.dtype} {list(rows.shape)} is not the layout's uint8 [{self.row_bytes}]")
+        lead, flat = rows.shape[:-1], {}
         for leaf in self.leaves:
-            raw = row[leaf.offset : leaf.offset + leaf.nbytes]
-            flat[leaf.name] = raw.view(named_dtype(leaf.dtype).newbyteorder("<")).reshape(leaf.shape)
+            raw = rows[..., leaf.offset : leaf.offset + leaf.nbytes]
+            flat[leaf.name] = raw.view(named_dtype(leaf.dtype).newbyteorder("<")).reshape((*lead, *leaf.shape))
         return unflatten_named(flat)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +126,7 @@ def row_digest(row: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(row).data).hexdigest()
 
 
+@functools.cache
 def named_dtype(name: str) -> np.dtype:
     """The dtype of this name, those of ml_dtypes (bfloat16, float8_*) included. Raises CatalogError on others."""
     try:

@@ -1,4 +1,4 @@
-"""The record of one revision: what the bytes are, for which base, and where they came from."""
+"""The record of one revision (what the bytes are, for which base, where they came from), and a user's pointers."""
 
 import dataclasses
 import datetime
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from popax.store.records import shown
+
+PROMOTIONS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,9 @@ class Manifest:
     revision: from 1. parent: the revision it was trained from, None for a first one. cohort: id of the stored
     cohort, whose config and base digest are repeated here. row: index in the cohort's rows of the shard `shard`.
     digest: sha256 of the packed row. created: UTC, ISO 8601. run: the training run that committed it; the same run
-    committing the same bytes again is not a new revision.
+    committing the same bytes again is not a new revision. derived_from: [user, revision, digest] of each revision that
+    this one was merged, composed, distilled or migrated from. optimizer: what `load_optimizer` reads, None where the
+    optimizer's state was not kept.
     """
 
     user: str
@@ -30,6 +34,8 @@ class Manifest:
     shard: int = 0
     parent: int | None = None
     run: str | None = None
+    derived_from: tuple[tuple[str, int, str], ...] = ()
+    optimizer: Mapping[str, Any] | None = None
     hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,28 +51,73 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {name: getattr(self, name) for name in _FIELDS}
+        return {**plain, "derived_from": [list(one) for one in self.derived_from]}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Manifest":
-        return cls(**record)
+        if record.get("derived_from") is None:
+            return cls(**record)
+        return cls(
+            **{**record, "derived_from": tuple((user, at, digest) for user, at, digest in record["derived_from"])}
+        )
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserRecord:
-    """The pointers of one user. promoted: the revision that serving should follow, None until one is chosen."""
+    """The pointers of one user: revisions `oldest` to `latest` are there.
+
+    promotions: revisions that were promoted, the last of them is the one that serving follows; at most PROMOTIONS are
+    remembered. tags: names of revisions. current: the latest revision's manifest as it is stored (see `reader`).
+    """
 
     user: str
     latest: int
-    promoted: int | None = None
+    oldest: int = 1
+    promotions: tuple[int, ...] = ()
+    tags: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    current: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def promoted(self) -> int | None:
+        """The revision that serving follows, None until one is promoted."""
+        return self.promotions[-1] if self.promotions else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Plain JSON values for scripts; `promoted` is among them, the manifest is not."""
+        return {
+            "user": self.user,
+            "latest": self.latest,
+            "oldest": self.oldest,
+            "promoted": self.promoted,
+            "promotions": list(self.promotions),
+            "tags": dict(self.tags),
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """What the database keeps: pointers that say nothing are left out. `from_stored` reads it back."""
+        record: dict[str, Any] = {"user": self.user, "latest": self.latest, "manifest": self.current}
+        if self.oldest != 1:
+            record["oldest"] = self.oldest
+        if self.promotions:
+            record["promotions"] = self.promotions[-PROMOTIONS:]
+        if self.tags:
+            record["tags"] = self.tags
+        return record
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "UserRecord":
-        return cls(**record)
+    def from_stored(cls, record: Mapping[str, Any]) -> "UserRecord":
+        return cls(
+            user=record["user"],
+            latest=record["latest"],
+            oldest=record.get("oldest", 1),
+            promotions=tuple(record.get("promotions", ())),
+            tags=record.get("tags", {}),
+            current=record["manifest"],
+        )
 
 
 def now() -> str:

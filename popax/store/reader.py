@@ -1,7 +1,7 @@
 """Reading users, manifests and rows, many in parallel, each checked against its digest."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -11,129 +11,160 @@ from popax.store.cohort import StoredCohort
 from popax.store.database import Database, is_refused, storage_error, storage_errors
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
-from popax.store.records import BrokenRecordError, manifest_key, manifest_prefix, shown, unseal, user_key
+from popax.store.records import BrokenRecordError, manifest_key, manifest_prefix, row_key, shown, unseal, user_key
 
 # Kept once in the cohort's record, and put back when a manifest is read.
 _OF_COHORT = ("config", "base_digest")
+_ABSENT = Manifest(
+    user="", revision=0, cohort="", row=-1, digest="", base_digest="", config={}, created="", version=""
+).to_dict()
+# Keys listed, and reads under way, at a time: bounds memory where a whole catalog is read.
+_HEX = "0123456789abcdef"
 _IN_FLIGHT = 4096
+
+Cohorts = Callable[[str], StoredCohort | None]
+
+
+class Request(NamedTuple):
+    """One revision to read: its user and number."""
+
+    user: str
+    revision: int
 
 
 def stored_form(manifest: Manifest) -> dict[str, Any]:
-    """The manifest without what its cohort's record already holds: at a million users that is half of its bytes."""
-    record = {name: value for name, value in manifest.to_dict().items() if name not in _OF_COHORT}
-    if not manifest.shard:  # what one process writes is as it always was
-        del record["shard"]
-    return record
+    """The manifest without what its cohort's record holds and what says nothing: at a million users half of it."""
+    record = manifest.to_dict()
+    return {name: value for name, value in record.items() if name not in _OF_COHORT and value != _ABSENT[name]}
 
 
 def read_users(database: Database, transaction: ts.Transaction | None, users: Sequence[str]) -> list[UserRecord | None]:
-    """Each user's pointers, None for an unknown user. Raises CorruptRevisionError naming the user."""
+    """Each user's pointers and latest manifest, None for an unknown user. Raises CorruptRevisionError by name."""
+    return list(each_user(database, transaction, users))
+
+
+def each_user(
+    database: Database, transaction: ts.Transaction | None, users: Sequence[str]
+) -> Iterator[UserRecord | None]:
+    """`read_users`, one by one while the others are still being read."""
     store = database.kvstore.with_transaction(transaction) if transaction else database.kvstore
     futures = [store.read(user_key(user)) for user in users]
-    return [
-        _unsealed(
-            database, future, f"the record of user {shown(user)}", lambda record, user=user: _as_user(record, user)
-        )
-        for user, future in zip(users, futures, strict=True)
-    ]
+    for user, future in zip(users, futures, strict=True):
+        record = _unsealed(database, future, lambda user=user: f"the record of user {shown(user)}")
+        if record is not None and record["user"] != user:
+            raise _corrupt(f"the record of user {shown(user)}", f"it is the record of user {shown(record['user'])}")
+        yield None if record is None else UserRecord.from_stored(record)
+
+
+def latest_manifest(record: UserRecord, cohort_of: Cohorts) -> Manifest | None:
+    """The manifest inside the user's record; None where `cohort_of` returns none for its cohort."""
+    return _as_manifest(record.current, record.user, record.latest, cohort_of)
 
 
 def read_manifests(
-    database: Database, requests: Sequence[tuple[str, int]], cohort_of: Callable[[str], StoredCohort | None]
+    database: Database,
+    requests: Sequence[Request],
+    cohort_of: Cohorts,
+    transaction: ts.Transaction | None = None,
 ) -> list[Manifest | None]:
-    """Each (user, revision)'s manifest, None where there is none or `cohort_of` returns none for its cohort.
+    """Each superseded revision's manifest, None where there is none or `cohort_of` returns none for its cohort.
 
     Raises CorruptRevisionError naming the user and the revision.
     """
-    futures = [database.kvstore.read(manifest_key(user, revision)) for user, revision in requests]
-    return [
-        _unsealed(
-            database,
-            future,
-            f"the manifest of {shown(user)}@{revision}",
-            lambda record, user=user, revision=revision: _as_manifest(record, user, revision, cohort_of),
+    store = database.kvstore.with_transaction(transaction) if transaction else database.kvstore
+    futures = [store.read(manifest_key(user, revision)) for user, revision in requests]
+    found = []
+    for (user, revision), future in zip(requests, futures, strict=True):
+        record = _unsealed(
+            database, future, lambda user=user, revision=revision: f"the manifest of {shown(user)}@{revision}"
         )
-        for (user, revision), future in zip(requests, futures, strict=True)
-    ]
-
-
-def read_rows(database: Database, rows: ts.TensorStore, manifests: Sequence[Manifest]) -> list[np.ndarray]:
-    """The checked rows of manifests of one cohort and shard, uint8 [row_bytes] each.
-
-    Raises CorruptRevisionError naming the user and the revision, StorageError where the store refuses.
-    """
-    try:
-        if len(manifests) == 1:  # an integer index costs a fifth of an index array
-            found = [rows[manifests[0].row].read().result()]
-        else:
-            found = list(rows[np.array([manifest.row for manifest in manifests])].read().result())
-    except (ValueError, OSError) as error:
-        if is_refused(error):
-            raise storage_error(database.place, error) from error
-        if len(manifests) == 1:
-            raise _corrupt(f"the row of {manifests[0].shown}", error) from error
-        # One of them is broken: the one that is read alone and fails names itself.
-        return [read_rows(database, rows, [manifest])[0] for manifest in manifests]
-    for manifest, row in zip(manifests, found, strict=True):
-        if row_digest(row) != manifest.digest:
-            raise _corrupt(f"the row of {manifest.shown}", f"row {manifest.row} does not have digest {manifest.digest}")
+        found.append(None if record is None else _as_manifest(record, user, revision, cohort_of))
     return found
 
 
-def revisions_of(database: Database, user: str) -> list[int]:
-    """The numbers of the user's revisions, ascending."""
+def start_row(database: Database, manifest: Manifest) -> ts.Future:
+    """Begin to read the revision's row; `finish_row` waits for it."""
+    return database.shard(manifest.shard).read(row_key(manifest.cohort, manifest.row))
+
+
+def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.ndarray:
+    """The revision's row, uint8 [row_bytes]. Raises CorruptRevisionError where it is not that of its digest."""
+    try:
+        result = future.result()
+    except (ValueError, OSError) as error:
+        if is_refused(error):
+            raise storage_error(database.place, error) from error
+        raise _corrupt(f"the row of {manifest.shown}", error) from error
+    row = np.frombuffer(result.value, np.uint8)
+    if row_digest(row) != manifest.digest:
+        raise _corrupt(f"the row of {manifest.shown}", f"row {manifest.row} does not have digest {manifest.digest}")
+    return row
+
+
+def superseded_of(database: Database, user: str) -> list[int]:
+    """The numbers of the user's revisions before the latest, ascending."""
     prefix = manifest_prefix(user)
+    return sorted(int(key.removeprefix(prefix)) for key in keys_under(database.kvstore, database.place, prefix))
+
+
+def keys_under(store: ts.KvStore, place: str, prefix: str) -> list[str]:
+    """The keys that start with the prefix, which ends in "/", in order."""
+    with storage_errors(place):
+        # "0" is the character after "/".
+        return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0")).result()]
+
+
+def hash_ranges(database: Database, head: str) -> Iterator[list[str]]:
+    """The keys `head` + hash ..., in the order of the hashes, in 256 parts: a million keys need not fit in memory."""
     with storage_errors(database.place):
-        keys = database.kvstore.list(_prefixed(prefix)).result()
-    return sorted(int(key.decode().removeprefix(prefix)) for key in keys)
+        for first in (f"{head}{one}{two}" for one in _HEX for two in _HEX):
+            keys = database.kvstore.list(ts.KvStore.KeyRange(first, first[:-1] + chr(ord(first[-1]) + 1))).result()
+            yield [key.decode() for key in keys]
 
 
 def all_users(database: Database) -> Iterator[UserRecord]:
-    """Every user's pointers, in the order of the ids' hashes. Raises CorruptRevisionError naming the key."""
-    with storage_errors(database.place):
-        keys = database.kvstore.list(_prefixed("user/")).result()
-    for start in range(0, len(keys), _IN_FLIGHT):
-        some = keys[start : start + _IN_FLIGHT]
+    """Every user's record, in the order of the ids' hashes. Raises CorruptRevisionError naming the key."""
+    for keys in hash_ranges(database, "user/"):
+        yield from read_user_keys(database, keys)
+
+
+def read_user_keys(database: Database, keys: Sequence[str]) -> Iterator[UserRecord]:
+    """The records under these keys. Raises CorruptRevisionError naming the key."""
+    for some in _chunks(keys, _IN_FLIGHT):
         futures = [database.kvstore.read(key) for key in some]
         for key, future in zip(some, futures, strict=True):
-            record = _unsealed(database, future, f"the user record {key.decode()!r}", UserRecord.from_dict)
-            if record is not None:
-                yield record
+            record = _unsealed(database, future, lambda key=key: f"the user record {key!r}")
+            if record is not None:  # deleted meanwhile
+                if user_key(record["user"]) != key:
+                    raise _corrupt(f"the user record {key!r}", f"it is the record of user {shown(record['user'])}")
+                yield UserRecord.from_stored(record)
 
 
-def _unsealed(database: Database, future: ts.Future, what: str, convert: Callable[[dict[str, Any]], Any]) -> Any:
+def _chunks(keys: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+    return (keys[start : start + size] for start in range(0, len(keys), size))
+
+
+def _unsealed(database: Database, future: ts.Future, what: Callable[[], str]) -> dict[str, Any] | None:
     try:
         result = future.result()
-        return convert(unseal(result.value)) if result.state == "value" else None
+        return unseal(result.value) if result.state == "value" else None
     except CatalogError:
         raise
     except (ValueError, OSError) as error:
         if not isinstance(error, BrokenRecordError) and is_refused(error):
             raise storage_error(database.place, error) from error
-        raise _corrupt(what, error) from error
+        raise _corrupt(what(), error) from error
 
 
-def _as_user(record: dict[str, Any], user: str) -> UserRecord:
-    if record["user"] != user:
-        raise BrokenRecordError(f"it is the record of user {shown(record['user'])}")
-    return UserRecord.from_dict(record)
-
-
-def _as_manifest(
-    record: dict[str, Any], user: str, revision: int, cohort_of: Callable[[str], StoredCohort | None]
-) -> Manifest | None:
+def _as_manifest(record: Mapping[str, Any], user: str, revision: int, cohort_of: Cohorts) -> Manifest | None:
     if (record["user"], record["revision"]) != (user, revision):
-        raise BrokenRecordError(f"it is the manifest of {shown(record['user'])}@{record['revision']}")
+        named = f"{shown(record['user'])}@{record['revision']}"
+        raise _corrupt(f"the manifest of {shown(user)}@{revision}", f"it is the manifest of {named}")
     cohort = cohort_of(record["cohort"])
     if cohort is None:
         return None
-    return Manifest.from_dict(record | {"config": cohort.config_record, "base_digest": cohort.base_digest})
+    return Manifest.from_dict({**record, "config": cohort.config_record, "base_digest": cohort.base_digest})
 
 
 def _corrupt(what: str, why: object) -> CorruptRevisionError:
     return CorruptRevisionError(f"{what} is corrupt: {why}; load an earlier revision, or restore the catalog's files")
-
-
-def _prefixed(prefix: str) -> ts.KvStore.KeyRange:
-    """All keys that start with the prefix, which ends in "/": "0" is the next character."""
-    return ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0")

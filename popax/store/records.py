@@ -12,6 +12,7 @@ from popax.errors import CatalogError
 _HEAD = '{"check":"'
 _CHECK_DIGITS = 16
 _PREFIX_BYTES = len(_HEAD) + _CHECK_DIGITS + len('",')
+_SCALARS = (str, int, float, bool, type(None))
 
 
 class BrokenRecordError(ValueError):
@@ -38,14 +39,19 @@ def canonical(value: Any) -> str:
     Raises CatalogError on what JSON cannot hold.
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain)
+        return _ENCODER.encode(value)
     except (TypeError, ValueError) as error:
         raise CatalogError(f"cannot be stored as JSON: {error}; pass strings, numbers, lists and dicts only") from error
 
 
 def as_stored(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """The record as it will be read back: {} for None, plain numbers, lists for tuples."""
-    return json.loads(canonical(record)) if record else {}
+    if not record:
+        return {}
+    # A million records are mostly this plain: they need no way through JSON and back.
+    if all(type(value) in _SCALARS and type(name) is str for name, value in record.items()):
+        return dict(record)
+    return json.loads(canonical(record))
 
 
 def text_digest(*parts: str) -> str:
@@ -78,6 +84,7 @@ def shown(user: str) -> str:
 
 
 def user_key(user: str) -> str:
+    """The user's pointers and latest manifest."""
     return f"user/{user_hash(user)}"
 
 
@@ -86,8 +93,40 @@ def manifest_prefix(user: str) -> str:
 
 
 def manifest_key(user: str, revision: int) -> str:
-    """Zero-padded, so that keys sort as revisions do."""
+    """A superseded revision's manifest. Zero-padded, so that keys sort as revisions do."""
     return f"{manifest_prefix(user)}{revision:010d}"
+
+
+def derived_prefix(parent: str) -> str:
+    return f"derived/{user_hash(parent)}/"
+
+
+def derived_key(parent: str, child: str, revision: int) -> str:
+    """Says that the child's revision was derived from one of the parent's."""
+    return f"{derived_prefix(parent)}{user_hash(child)}/{revision:010d}"
+
+
+def optimizer_prefix(user: str) -> str:
+    return f"optimizer/{user_hash(user)}/"
+
+
+def optimizer_key(user: str, revision: int) -> str:
+    """The packed state of the optimizer beside a revision."""
+    return f"{optimizer_prefix(user)}{revision:010d}"
+
+
+def scores_prefix(user: str) -> str:
+    return f"scores/{user_hash(user)}/"
+
+
+def scores_key(user: str, revision: int) -> str:
+    """How a revision did on held-out text."""
+    return f"{scores_prefix(user)}{revision:010d}"
+
+
+def layout_key(digest: str) -> str:
+    """How packed optimizer states of one kind are laid out."""
+    return f"layout/{digest}"
 
 
 def cohort_key(cohort: str) -> str:
@@ -121,3 +160,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} {value!r}")
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=_plain)

@@ -3,21 +3,22 @@
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 import tensorstore as ts
 
-import popax
 from popax.errors import ConflictError
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, storage_error
 from popax.store.layout import row_digest
-from popax.store.manifest import Manifest, UserRecord, now
-from popax.store.reader import read_manifests, read_users, stored_form
-from popax.store.records import manifest_key, next_row_key, row_key, seal, shown, unseal, user_key
+from popax.store.manifest import Manifest, UserRecord
+from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizers
+from popax.store.publishing import digests_of, new_manifest, put_manifests
+from popax.store.reader import latest_manifest, read_users
+from popax.store.records import next_row_key, row_key, seal, shown, unseal
 
 T = TypeVar("T")
 
@@ -32,14 +33,14 @@ def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -
     Raises ConflictError where a parent is not the latest, another writer committed one of the users meanwhile, or a
     user appears twice; PopulationError where an adapter does not fit the cohort; StorageError where the store refuses.
     """
-    packed = [cohort.layout.pack(commit.adapter) for commit in commits]
-    entries = [Revision.of(commit, row_digest(row)) for commit, row in zip(commits, packed, strict=True)]
+    packed, entries = _packed(cohort, commits)
+    beside = {commit.user: pack_optimizer(commit.optimizer) for commit in commits if commit.optimizer is not None}
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
         start = write_rows(store, cohort, [packed[index] for index in fresh])
         return [dataclasses.replace(entries[index], row=row) for row, index in enumerate(fresh, start)]
 
-    return _write(database, cohort, entries, place)
+    return _write(database, cohort, entries, place, beside)
 
 
 def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], shard: int) -> list[Revision]:
@@ -47,10 +48,9 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
 
     What the same run already committed is left out. Errors as `write`, but for conflicts between users' revisions.
     """
-    packed = [cohort.layout.pack(commit.adapter) for commit in commits]
-    entries = [Revision.of(commit, row_digest(row)) for commit, row in zip(commits, packed, strict=True)]
+    packed, entries = _packed(cohort, commits)
     users = read_users(database, None, [entry.user for entry in entries])
-    kept = _already_committed(database, cohort, entries, users)
+    kept = _already_committed(cohort, entries, users)
     fresh = [index for index, manifest in enumerate(kept) if manifest is None]
     if not fresh:
         return []
@@ -60,7 +60,7 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
         start = write_rows(store, cohort, [packed[index] for index in fresh])
         return [dataclasses.replace(entries[index], row=row, shard=shard) for row, index in enumerate(fresh, start)]
 
-    return _retried(database, len(fresh), rows)
+    return retried(database, len(fresh), rows)
 
 
 def publish(database: Database, cohort: StoredCohort, staged: Sequence[Revision]) -> list[Manifest]:
@@ -73,8 +73,12 @@ def _write(
     cohort: StoredCohort,
     entries: Sequence[Revision],
     place: Callable[[ts.KvStore, Sequence[int]], list[Revision]],
+    beside: Mapping[str, PackedOptimizer] | None = None,
 ) -> list[Manifest]:
-    """place(store in the transaction, indices of the entries to write): these entries, with the rows they have."""
+    """place(store in the transaction, indices of the entries to write): these entries, with the rows they have.
+
+    beside: the optimizer's state of those users who have one.
+    """
     _refuse_twice(entries)
     before: list[int] = []
 
@@ -83,20 +87,26 @@ def _write(
         current = [record.latest if record else 0 for record in users]
         _refuse_changed(entries, before or current, current)
         before[:] = current
-        kept = _already_committed(database, cohort, entries, users)
+        kept = _already_committed(cohort, entries, users)
         fresh = [index for index, manifest in enumerate(kept) if manifest is None]
         _refuse_other_parents([entries[index] for index in fresh], [current[index] for index in fresh])
         if not fresh:
             return [manifest for manifest in kept if manifest is not None]
         store = database.kvstore.with_transaction(transaction)
         placed = place(store, fresh)
-        made = _write_manifests(store, cohort, [(one, users[index]) for one, index in zip(placed, fresh, strict=True)])
+        parents = digests_of(database, transaction, placed)
+        made = [
+            new_manifest(cohort, revision, users[index], parents, (beside or {}).get(revision.user))
+            for revision, index in zip(placed, fresh, strict=True)
+        ]
+        put_manifests(store, [(one, users[index]) for one, index in zip(made, fresh, strict=True)])
+        put_optimizers(store, [(one, beside[one.user]) for one in made if beside and one.user in beside])
         return [manifest or made.pop(0) for manifest in kept]
 
-    return _retried(database, len(entries), work)
+    return retried(database, len(entries), work)
 
 
-def _retried(database: Database, count: int, work: Callable[[ts.Transaction], T]) -> T:
+def retried(database: Database, count: int, work: Callable[[ts.Transaction], T]) -> T:
     """work(transaction), committed; again where another writer changed what it had read."""
     for attempt in range(ATTEMPTS):
         transaction = ts.Transaction(atomic=True, repeatable_read=True)
@@ -127,55 +137,23 @@ def write_rows(store: ts.KvStore, cohort: StoredCohort, rows: Sequence[np.ndarra
     return start
 
 
-def _write_manifests(
-    store: ts.KvStore, cohort: StoredCohort, entries: Sequence[tuple[Revision, UserRecord | None]]
-) -> list[Manifest]:
-    """Put manifests and pointers into the store's transaction, of revisions whose rows are there or in it."""
-    created, made, writes = now(), [], []
-    for revision, record in entries:
-        manifest = Manifest(
-            user=revision.user,
-            revision=(record.latest if record else 0) + 1,
-            cohort=cohort.id,
-            row=revision.row,
-            shard=revision.shard,
-            digest=revision.digest,
-            base_digest=cohort.base_digest,
-            config=cohort.config_record,
-            created=created,
-            version=popax.__version__,
-            parent=record.latest if record else None,
-            run=revision.run,
-            hparams=revision.hparams,
-            provenance=revision.provenance,
-            metrics=revision.metrics,
-        )
-        promoted = record.promoted if record else None
-        pointers = UserRecord(user=revision.user, latest=manifest.revision, promoted=promoted)
-        writes.append(store.write(manifest_key(revision.user, manifest.revision), seal(stored_form(manifest))))
-        writes.append(store.write(user_key(revision.user), seal(pointers.to_dict())))
-        made.append(manifest)
-    for write_future in writes:
-        write_future.result()
-    return made
+def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[np.ndarray], list[Revision]]:
+    rows = [cohort.layout.checked(commit.adapter) for commit in commits]
+    return rows, [Revision.of(commit, row_digest(row)) for commit, row in zip(commits, rows, strict=True)]
 
 
 def _already_committed(
-    database: Database, cohort: StoredCohort, entries: Sequence[Revision], users: Sequence[UserRecord | None]
+    cohort: StoredCohort, entries: Sequence[Revision], users: Sequence[UserRecord | None]
 ) -> list[Manifest | None]:
     """The latest manifest of each user for whom it holds the same bytes of the same run."""
-    asked = [
-        index
-        for index, (entry, record) in enumerate(zip(entries, users, strict=True))
-        if entry.run is not None and record is not None
-    ]
-    found: list[Manifest | None] = [None] * len(entries)
-    requests = [(users[index].user, users[index].latest) for index in asked]  # pyright: ignore[reportOptionalMemberAccess]
-    cohorts = {cohort.id: cohort}
-    for index, manifest in zip(asked, read_manifests(database, requests, cohorts.get), strict=True):
-        same = manifest is not None and manifest.run == entries[index].run and manifest.digest == entries[index].digest
-        found[index] = manifest if same else None
-    return found
+
+    def kept(entry: Revision, record: UserRecord | None) -> Manifest | None:
+        if record is None or entry.run is None or record.current.get("run") != entry.run:
+            return None
+        same = (record.current["cohort"], record.current["digest"]) == (cohort.id, entry.digest)
+        return latest_manifest(record, {cohort.id: cohort}.get) if same else None
+
+    return [kept(entry, record) for entry, record in zip(entries, users, strict=True)]
 
 
 def _refuse_twice(entries: Sequence[Revision]) -> None:

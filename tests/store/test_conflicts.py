@@ -66,15 +66,15 @@ def test_a_commit_between_reading_and_writing_is_a_conflict(catalog, cohort, pla
     refused transaction overwrote the row that another had just been given.
     """
     catalog.commit(cohort, "ada", make_adapter(0))
-    stage, rival = writer_module._write_manifests, Catalog.open(place)
+    stage, rival = writer_module.put_manifests, Catalog.open(place)
 
     def interrupted(*arguments):
         staged = stage(*arguments)
-        monkeypatch.setattr(writer_module, "_write_manifests", stage)
+        monkeypatch.setattr(writer_module, "put_manifests", stage)
         rival.commit(cohort, "ada", make_adapter(1))
         return staged
 
-    monkeypatch.setattr(writer_module, "_write_manifests", interrupted)
+    monkeypatch.setattr(writer_module, "put_manifests", interrupted)
     with pytest.raises(ConflictError, match=r"'ada': another writer committed revision 2 .*parent=2"):
         catalog.commit_batch(cohort, [Commit("bob", make_adapter(3)), Commit("ada", make_adapter(2))])
     assert not catalog.exists("bob")
@@ -83,15 +83,15 @@ def test_a_commit_between_reading_and_writing_is_a_conflict(catalog, cohort, pla
 
 def test_a_collision_of_rows_alone_is_retried(catalog, cohort, place, make_adapter, same, monkeypatch):
     catalog.commit(cohort, "ada", make_adapter(0))
-    stage, rival = writer_module._write_manifests, Catalog.open(place)
+    stage, rival = writer_module.put_manifests, Catalog.open(place)
 
     def interrupted(*arguments):
         staged = stage(*arguments)
-        monkeypatch.setattr(writer_module, "_write_manifests", stage)
+        monkeypatch.setattr(writer_module, "put_manifests", stage)
         rival.commit(cohort, "carol", make_adapter(1))
         return staged
 
-    monkeypatch.setattr(writer_module, "_write_manifests", interrupted)
+    monkeypatch.setattr(writer_module, "put_manifests", interrupted)
     assert catalog.commit(cohort, "ada", make_adapter(2)).revision == 2
     same(catalog.load("carol")[0], make_adapter(1))
     same(catalog.load("ada")[0], make_adapter(2))
