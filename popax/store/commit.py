@@ -67,4 +67,4 @@ class Revision:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Revision":
-        return cls(**record | {"derived_from": tuple((parent, at) for parent, at in record["derived_from"])})
+        return cls(**{**record, "derived_from": tuple((parent, at) for parent, at in record["derived_from"])})
