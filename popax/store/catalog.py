@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from popax.store.cohort import StoredCohort, cohort_id
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, storage_errors
 from popax.store.deletion import Deletion, Derived
+from popax.store.filters import UserFilter
 from popax.store.layout import RowLayout
 from popax.store.loading import RevisionLoader
 from popax.store.manifest import Manifest, UserRecord
@@ -22,12 +23,14 @@ from popax.store.optimizer import read_optimizer
 from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
 from popax.store.registry import CohortRegistry
+from popax.store.verify import Audit, verify
 from popax.store.writer import publish, stage, write
 from popax.types import AdapterState
 
 __all__ = ["Catalog", "Commit", "Revision"]
 
 Loaded = tuple[AdapterState, Manifest]
+EVERYONE = UserFilter()
 
 
 class Catalog:
@@ -58,6 +61,11 @@ class Catalog:
         if create and read_only:
             raise CatalogError(f"cannot create {os.fspath(place)!r} read-only; drop one of create and read_only")
         return cls(Database.open(place, create=create, context=context), read_only=read_only)
+
+    @property
+    def place(self) -> str:
+        """The directory or URL that it was opened at."""
+        return self._database.place
 
     def cohort(
         self,
@@ -196,9 +204,9 @@ class Catalog:
         """The optimizer's state that was committed beside a revision. Raises RevisionNotFoundError where none was."""
         return read_optimizer(self._database, manifest)
 
-    def history(self, user: str) -> list[Manifest]:
+    def history(self, user: str | UserRecord) -> list[Manifest]:
         """The user's manifests, oldest first. Raises RevisionNotFoundError for an unknown user."""
-        record = self._loader.record(user)
+        record = self._loader.record(user) if isinstance(user, str) else user
         return self._loader.manifests([(record, at) for at in range(record.oldest, record.latest + 1)])
 
     def pack(self, cohort: StoredCohort, adapters_N: AdapterState) -> np.ndarray:
@@ -247,8 +255,24 @@ class Catalog:
         if self._read_only:
             raise CatalogError(f"cannot {what}: {self._database.place!r} was opened read-only")
 
+    def verify(
+        self, users: Sequence[str] | None = None, *, progress: Callable[[int], None] = lambda users: None
+    ) -> Audit:
+        """Read and check every revision of these users, or of all; see `verify.verify`."""
+        return verify(self._database, self._registry, users=users, progress=progress)
+
+    def users(self, where: UserFilter = EVERYONE) -> Iterator[tuple[UserRecord, Manifest]]:
+        """Each user that is meant, with the latest manifest, in the order of the ids' hashes.
+
+        Raises CorruptRevisionError at the first record that is broken; `verify` names them all.
+        """
+        for record in all_users(self._database):
+            latest = self._loader.latest(record)
+            if where.matches(record, latest):
+                yield record, latest
+
     # The last method, because its name hides the built-in in the annotations of those below it.
-    def list(self, prefix: str = "") -> Sequence[UserRecord]:
-        """The users whose id starts with `prefix`, sorted by id."""
-        found = (record for record in all_users(self._database) if record.user.startswith(prefix))
+    def list(self, prefix: str = "", **where: Any) -> Sequence[UserRecord]:
+        """The users whose id starts with `prefix` and who match `where` (fields of `UserFilter`), sorted by id."""
+        found = (record for record, _ in self.users(UserFilter(prefix=prefix, **where)))
         return sorted(found, key=lambda record: record.user)

@@ -58,6 +58,12 @@ class Database:
     def _spec(self, shard: int) -> dict[str, Any]:
         return {"driver": "ocdbt", "base": (self._root / SHARDS.format(shard)).to_json(), "config": OCDBT_CONFIG}
 
+    def shard_count(self) -> int:
+        """How many shards there are."""
+        with storage_errors(self.place):
+            store = ts.KvStore.open(self._root, context=self._context).result()
+            return json.loads(store.read(MARKER).result().value)["shards"]
+
     def declare_shards(self, count: int) -> None:
         """Write into the marker that there are at least so many shards, before a manifest names one of them."""
         with storage_errors(self.place):

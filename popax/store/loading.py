@@ -36,7 +36,7 @@ class RevisionLoader:
                 raise self.unknown(user)
             revision = resolve(record, which)
             if revision == record.latest:
-                begun[index] = self._begin(self._latest(record), base_digest)
+                begun[index] = self._begin(self.latest(record), base_digest)
             else:
                 later[index] = record, revision
         for index, manifest in zip(later, self.manifests(list(later.values())), strict=True):
@@ -50,7 +50,7 @@ class RevisionLoader:
         read = iter(read_manifests(self._database, older, self._registry.known))
         found = []
         for record, revision in wanted:
-            manifest = self._latest(record) if revision == record.latest else next(read)
+            manifest = self.latest(record) if revision == record.latest else next(read)
             if manifest is None:
                 raise CorruptRevisionError(
                     f"{shown(record.user)}@{revision} has lost its manifest; load another revision"
@@ -79,7 +79,8 @@ class RevisionLoader:
             )
         return manifest, start_row(self._database, manifest)
 
-    def _latest(self, record: UserRecord) -> Manifest:
+    def latest(self, record: UserRecord) -> Manifest:
+        """The manifest inside the user's record."""
         manifest = latest_manifest(record, self._registry.known)
         assert manifest is not None  # `known` raises where there is no cohort
         return manifest

@@ -11,15 +11,16 @@ from popax.store.cohort import StoredCohort
 from popax.store.database import Database, is_refused, storage_error, storage_errors
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
-from popax.store.records import BrokenRecordError, manifest_key, manifest_prefix, row_key, shown, unseal, user_key
+from popax.store.records import BrokenRecordError, manifest_key, row_key, shown, unseal, user_key
 
 # Kept once in the cohort's record, and put back when a manifest is read.
 _OF_COHORT = ("config", "base_digest")
 _ABSENT = Manifest(
     user="", revision=0, cohort="", row=-1, digest="", base_digest="", config={}, created="", version=""
 ).to_dict()
-# Keys listed, and reads under way, at a time: bounds memory where a whole catalog is read.
-_HEX = "0123456789abcdef"
+# A whole catalog is read in parts, by the first two digits of the ids' hashes, and so many reads at a time: a million
+# keys need not fit in memory.
+PARTS = tuple(f"{number:02x}" for number in range(256))
 _IN_FLIGHT = 4096
 
 Cohorts = Callable[[str], StoredCohort | None]
@@ -101,43 +102,42 @@ def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.
     return row
 
 
-def superseded_of(database: Database, user: str) -> list[int]:
-    """The numbers of the user's revisions before the latest, ascending."""
-    prefix = manifest_prefix(user)
-    return sorted(int(key.removeprefix(prefix)) for key in keys_under(database.kvstore, database.place, prefix))
-
-
 def keys_under(store: ts.KvStore, place: str, prefix: str) -> list[str]:
-    """The keys that start with the prefix, which ends in "/", in order."""
+    """The keys that start with the prefix, in order."""
     with storage_errors(place):
-        # "0" is the character after "/".
-        return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, f"{prefix[:-1]}0")).result()]
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, after)).result()]
 
 
-def hash_ranges(database: Database, head: str) -> Iterator[list[str]]:
-    """The keys `head` + hash ..., in the order of the hashes, in 256 parts: a million keys need not fit in memory."""
-    with storage_errors(database.place):
-        for first in (f"{head}{one}{two}" for one in _HEX for two in _HEX):
-            keys = database.kvstore.list(ts.KvStore.KeyRange(first, first[:-1] + chr(ord(first[-1]) + 1))).result()
-            yield [key.decode() for key in keys]
+def part_keys(database: Database, kind: str, part: str) -> list[str]:
+    """The keys of this kind (user/, manifest/, ...) whose hash lies in the part, in order."""
+    return keys_under(database.kvstore, database.place, f"{kind}/{part}")
 
 
 def all_users(database: Database) -> Iterator[UserRecord]:
     """Every user's record, in the order of the ids' hashes. Raises CorruptRevisionError naming the key."""
-    for keys in hash_ranges(database, "user/"):
-        yield from read_user_keys(database, keys)
+    for part in PARTS:
+        for _, record in records_at(database, part_keys(database, "user", part)):
+            if isinstance(record, CorruptRevisionError):
+                raise record
+            if record is not None:
+                yield record
 
 
-def read_user_keys(database: Database, keys: Sequence[str]) -> Iterator[UserRecord]:
-    """The records under these keys. Raises CorruptRevisionError naming the key."""
+def records_at(
+    database: Database, keys: Sequence[str]
+) -> Iterator[tuple[str, UserRecord | CorruptRevisionError | None]]:
+    """Each key with its record, None where it was deleted meanwhile, or what is wrong with it."""
     for some in _chunks(keys, _IN_FLIGHT):
         futures = [database.kvstore.read(key) for key in some]
         for key, future in zip(some, futures, strict=True):
-            record = _unsealed(database, future, lambda key=key: f"the user record {key!r}")
-            if record is not None:  # deleted meanwhile
-                if user_key(record["user"]) != key:
+            try:
+                record = _unsealed(database, future, lambda key=key: f"the user record {key!r}")
+                if record is not None and user_key(record["user"]) != key:
                     raise _corrupt(f"the user record {key!r}", f"it is the record of user {shown(record['user'])}")
-                yield UserRecord.from_stored(record)
+                yield key, None if record is None else UserRecord.from_stored(record)
+            except CorruptRevisionError as error:
+                yield key, error
 
 
 def _chunks(keys: Sequence[str], size: int) -> Iterable[Sequence[str]]:

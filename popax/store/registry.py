@@ -16,12 +16,11 @@ from popax.types import AdapterState
 
 
 class CohortRegistry:
-    """Reads each cohort's record and opens its rows at most once; both never change after registration."""
+    """Reads each cohort's record at most once; it never changes after registration."""
 
     def __init__(self, database: Database):
         self._database = database
         self._cohorts: dict[str, StoredCohort] = {}
-        self._rows: dict[tuple[str, int], ts.TensorStore] = {}
 
     def find(self, name: str) -> StoredCohort | None:
         """The cohort of this id, None where the catalog has none."""
@@ -42,14 +41,6 @@ class CohortRegistry:
         if cohort is None:
             raise CatalogError(f"{self._database.place!r} has no cohort {name}; was it registered in another catalog?")
         return cohort
-
-    def rows(self, cohort: StoredCohort, shard: int = 0) -> ts.TensorStore:
-        """The cohort's rows in a shard, uint8 [capacity, row_bytes], for reading."""
-        if (cohort.id, shard) not in self._rows:
-            self.known(cohort.id)
-            with storage_errors(self._database.place):
-                self._rows[cohort.id, shard] = self._database.rows(cohort.id, cohort.layout.row_bytes, shard)
-        return self._rows[cohort.id, shard]
 
     def shared(self, cohort: StoredCohort) -> AdapterState:
         """The frozen arrays that all of the cohort's users share: {} where its method has none."""

@@ -1,0 +1,19 @@
+"""`popax users ...`: a catalog's users and their revisions."""
+
+NAME = "users"
+HELP = "A catalog's users: list, history, diff, tag, rollback, delete, verify, and more."
+EXAMPLE = "popax users list runs/irc/catalog --prefix a\n  popax users history runs/irc/catalog ada --json history.json"
+
+COMMANDS = {
+    "list": "popax.cli.users.list_",
+    "history": "popax.cli.users.history",
+    "diff": "popax.cli.users.diff",
+    "tag": "popax.cli.users.tag",
+    "rollback": "popax.cli.users.rollback",
+    "delete": "popax.cli.users.delete",
+    "prune": "popax.cli.users.prune",
+    "tainted": "popax.cli.users.tainted",
+    "verify": "popax.cli.users.verify",
+    "stat": "popax.cli.users.stat",
+    "export": "popax.cli.users.export",
+}
