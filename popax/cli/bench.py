@@ -5,6 +5,7 @@ HELP = "Measure this machine; every number in the documentation comes from here.
 EXAMPLE = "popax bench train --gin_file configs/models/bench_25m.gin --json bench.json"
 
 COMMANDS = {
+    "catalog": "popax.cli.bench_catalog",
     "kernels": "popax.cli.bench_kernels",
     "load": "popax.cli.bench_load",
     "quantised": "popax.cli.bench_quantised",

@@ -49,6 +49,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.serving.sampling:Sampling",
     "popax.bench.quantised:BenchQuantisedConfig",
     "popax.bench.load:BenchLoadConfig",
+    "popax.bench.catalog.config:BenchCatalogConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

@@ -1,0 +1,109 @@
+"""The users of the catalog's benchmark: ids in bulk order, small and large rows, each marked with its user's number."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from popax.adapters.base import AdapterConfig
+from popax.adapters.cohort import Cohort
+from popax.bench.catalog.config import BenchCatalogConfig
+from popax.modeling.base import new_base
+from popax.modeling.config import ModelConfig
+from popax.modeling.model import Model
+from popax.store.catalog import Catalog
+from popax.store.cohort import StoredCohort
+from popax.store.commit import Commit
+from popax.store.layout import RowLayout
+from popax.types import AdapterState
+
+SMALL_TARGETS = (r"layers\.attn\.q_proj", r"layers\.attn\.v_proj")
+LARGE = "large/"
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmarked:
+    """The catalog with its two cohorts: `lora_xs` cores of two sites, `lora` factors of all linear layers."""
+
+    catalog: Catalog
+    small: StoredCohort
+    large: StoredCohort
+
+
+def register(catalog: Catalog, model: ModelConfig, config: BenchCatalogConfig) -> Benchmarked:
+    """Both cohorts, for a base of random weights. The shared basis is that base's own."""
+    net = Model(model)
+    base = new_base(net, net.init(jax.random.key(config.seed)), source="random weights")
+
+    def stored(adapter: AdapterConfig) -> StoredCohort:
+        cohort = Cohort.of(adapter, net.sites())
+        layout = RowLayout.of(cohort.abstract())
+        if (known := catalog.find_cohort(adapter, base.digest, layout)) is not None:
+            return known
+        shared = jax.tree.map(np.asarray, cohort.shared(lambda site: net.site_weight(base.params, site)))
+        return catalog.cohort(adapter, cohort.specs, base.digest, layout, shared)
+
+    small = stored(AdapterConfig(method="lora_xs", rank=config.rank, targets=SMALL_TARGETS))
+    return Benchmarked(catalog, small, stored(AdapterConfig(method="lora", rank=config.rank)))
+
+
+def user_id(number: int) -> str:
+    """Tenants of a thousand users each."""
+    return f"tenant-{number // 1000:04d}/user-{number:07d}"
+
+
+def bulk_order(count: int) -> np.ndarray:
+    """0 .. count - 1 in the order in which their users' keys are sorted; 16 bytes a user, not an object."""
+    digests = b"".join(hashlib.sha256(user_id(number).encode()).digest()[:8] for number in range(count))
+    return np.argsort(np.frombuffer(digests, ">u8"), kind="stable")
+
+
+def commits(bench: Benchmarked, numbers: Sequence[int], config: BenchCatalogConfig) -> list[Commit]:
+    """The first revisions of these users of the small cohort, with as much beside them as training writes."""
+    rng = np.random.default_rng([config.seed, int(numbers[0])])
+    rows_NxB = bench.catalog.pack(bench.small, _random_stack(bench.small.layout, numbers, rng))
+    losses_N = rng.uniform(0.5, 2.0, len(numbers))
+    return [
+        Commit(
+            user_id(number),
+            row,
+            parent=None,
+            run="bench",
+            metrics={"bits_per_byte": round(loss, 6), "steps": 200, "skipped": 0},
+            provenance={"data": {"examples": int(number) % 97 + 3, "digest": _text_digest(number)}, "seed": 0},
+            hparams={"learning_rate": 0.001, "clip_norm": 1.0},
+        )
+        for number, row, loss in zip(numbers, rows_NxB, losses_N.tolist(), strict=True)
+    ]
+
+
+def large_commits(bench: Benchmarked, numbers: Sequence[int], config: BenchCatalogConfig) -> Iterator[Commit]:
+    """Of the large cohort."""
+    rng = np.random.default_rng([config.seed, int(numbers[0]), 1])
+    stack = _random_stack(bench.large.layout, numbers, rng)
+    for number, row in zip(numbers, bench.catalog.pack(bench.large, stack), strict=True):
+        yield Commit(f"{LARGE}{user_id(number)}", row, parent=None, run="bench", metrics={"steps": 200})
+
+
+def mark_of(adapter: AdapterState) -> int:
+    """The number that was written into a user's row: which user's it is."""
+    first = next(iter(next(iter(adapter.values())).values()))
+    return int(np.asarray(first).reshape(-1)[0])
+
+
+def _random_stack(layout: RowLayout, numbers: Sequence[int], rng: np.random.Generator) -> AdapterState:
+    tree: dict[str, dict[str, Any]] = {}
+    for index, leaf in enumerate(layout.leaves):
+        site, name = leaf.name.rsplit("/", 1)
+        values = rng.standard_normal((len(numbers), *leaf.shape), np.float32)
+        if index == 0:
+            values.reshape(len(numbers), -1)[:, 0] = numbers
+        tree.setdefault(site, {})[name] = values
+    return tree
+
+
+def _text_digest(number: int) -> str:
+    return hashlib.sha256(f"text of {number}".encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""`popax bench catalog`: a catalog of many users, built, loaded and audited on this machine."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.main import add_json
+
+NAME = "catalog"
+HELP = "Build a catalog of many users, time commits and loads, audit every revision, and compare ways of storing."
+EXAMPLE = (
+    "popax bench catalog --gin_file configs/models/bench_25m.gin --users 50000 --json bench_catalog.json\n"
+    "  popax bench catalog --gin_file configs/models/bench_25m.gin --users 1000000 --place /data/catalog"
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser)
+    parser.add_argument("--users", type=int, metavar="N", help="of small rows (default: BenchCatalogConfig.users)")
+    parser.add_argument(
+        "--place", metavar="DIRECTORY", help="keep the catalog there; an interrupted build goes on (default: temporary)"
+    )
+    parser.add_argument("--picture", metavar="PATH", help="write a PNG of the single loads and the ways of storing")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from popax.bench.catalog.config import BenchCatalogConfig
+    from popax.bench.catalog.run import bench_catalog
+    from popax.bench.report import write_report
+    from popax.modeling.config import ModelConfig
+
+    door = open_door(args)
+    overrides = {} if args.users is None else {"users": args.users}
+    model, config = door.build(ModelConfig), door.build(BenchCatalogConfig, **overrides)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    figures, rows = bench_catalog(model, config, place=Path(args.place) if args.place else None, say=say)
+    for name, value in figures.items():
+        print(f"{name:28s} {value:.4g}" if isinstance(value, float) else f"{name:28s} {value}")
+    for row in rows:
+        print(
+            "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            )
+        )
+    if args.json:
+        config_record = {"model": model, "bench": config}
+        write_report(args.json, name="bench catalog", config=config_record, figures=figures, rows=rows)
+    return 0
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
