@@ -2,17 +2,27 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import orjson
 
 from popax.errors import CatalogError
 
-_HEAD = '{"check":"'
-_CHECK_DIGITS = 16
-_PREFIX_BYTES = len(_HEAD) + _CHECK_DIGITS + len('",')
+_CHECK_BYTES = 8
 _SCALARS = (str, int, float, bool, type(None))
+# What records of users mostly consist of, common words last: deflate refers to it, and a record of 600 bytes takes 190.
+# A million users' records then fit in memory, which halves a batched load. Part of the catalog's format.
+_DICTIONARY = (
+    b'"signature":{"key":"","value":""},"codec":{"error":0.0,"name":"int8"},"optimizer":{"digest":"","layout":""},'
+    b'"oldest":,"promotions":[,"tags":{"derived_from":[["shard":"parent":"best_step":"kept_step":"tokens":"loss":'
+    b'"learning_rate":0.0001,"next":{"latest":1,"manifest":{"cohort":"","created":"2026-01-01T00:00:00.000+00:00",'
+    b'"digest":"","hparams":{"clip_norm":1.0,"learning_rate":0.001},"metrics":{"bits_per_byte":1.,"skipped":0,'
+    b'"steps":100},"provenance":{"data":{"digest":"","examples":1},"seed":0},"revision":1,"row":1,"run":"","user":"",'
+    b'"version":"0.1.0"},"user":""}'
+)
 
 
 class BrokenRecordError(ValueError):
@@ -20,17 +30,22 @@ class BrokenRecordError(ValueError):
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """The record as JSON whose first entry checks the bytes of the rest (64 bits of their sha256)."""
-    body = canonical(record).encode()[1:]
-    return f'{_HEAD}{_check(body)}",'.encode() + body
+    """The record as deflated JSON, after a check of these bytes (64 bits of their sha256)."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, zdict=_DICTIONARY)
+    body = deflate.compress(canonical(record).encode()) + deflate.flush()
+    return _check(body) + body
 
 
 def unseal(data: bytes) -> dict[str, Any]:
     """The inverse of `seal`. Raises BrokenRecordError where a single bit differs."""
-    body = data[_PREFIX_BYTES:]
-    if data[:_PREFIX_BYTES] != f'{_HEAD}{_check(body)}",'.encode():
+    body = data[_CHECK_BYTES:]
+    if data[:_CHECK_BYTES] != _check(body):
         raise BrokenRecordError("the record does not match its own check")
-    return json.loads(b"{" + body)
+    text = zlib.decompressobj(-zlib.MAX_WBITS, _DICTIONARY).decompress(body)
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:  # NaN and Infinity, which JSON itself has no words for
+        return json.loads(text)
 
 
 def canonical(value: Any) -> str:
@@ -150,8 +165,8 @@ def shared_key(digest: str) -> str:
     return f"shared/{digest}"
 
 
-def _check(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()[:_CHECK_DIGITS]
+def _check(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()[:_CHECK_BYTES]
 
 
 def _plain(value: Any) -> Any:
