@@ -61,6 +61,12 @@ class Revision:
             derived_from=tuple((parent, revision) for parent, revision in commit.derived_from),
         )
 
+    def placed(self, row: int, shard: int) -> "Revision":
+        """This revision with its place. As `dataclasses.replace` does it, without visiting each field."""
+        made = object.__new__(Revision)
+        made.__dict__.update(self.__dict__, row=row, shard=shard)
+        return made
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
         return dataclasses.asdict(self)

@@ -1,17 +1,23 @@
 """Loading revisions: from a user and a wish ("latest", "promoted", a tag, a number) to a manifest and a checked row."""
 
+import concurrent.futures
+import functools
+import os
 from collections.abc import Sequence
 
 import numpy as np
-import tensorstore as ts
 
 from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFoundError
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.pointers import Which, resolve
-from popax.store.reader import Request, each_user, finish_row, latest_manifest, read_manifests, read_users, start_row
+from popax.store.reader import Request, finish_row, latest_manifest, read_manifests, read_users, start_row
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
+
+# From here on a batch's digests take longer than starting threads for them does.
+_PARALLEL_BYTES = 8 << 20
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 class RevisionLoader:
@@ -23,26 +29,27 @@ class RevisionLoader:
     def rows(
         self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None
     ) -> list[tuple[Manifest, np.ndarray]]:
-        """Each revision's manifest and row, uint8 [row_bytes]. A row's read begins as soon as its manifest is known.
+        """Each revision's manifest and row, uint8 [row_bytes].
 
         Raises RevisionNotFoundError, CorruptRevisionError, and BaseMismatchError where base_digest is given and one was
         made for another base.
         """
-        begun: dict[int, tuple[Manifest, ts.Future]] = {}
-        later: dict[int, tuple[UserRecord, int]] = {}
-        records = each_user(self._database, None, [user for user, _ in requests])
-        for index, ((user, which), record) in enumerate(zip(requests, records, strict=True)):
+        records = read_users(self._database, None, [user for user, _ in requests])
+        wanted = []
+        for (user, which), record in zip(requests, records, strict=True):
             if record is None:
                 raise self.unknown(user)
-            revision = resolve(record, which)
-            if revision == record.latest:
-                begun[index] = self._begin(self.latest(record), base_digest)
-            else:
-                later[index] = record, revision
-        for index, manifest in zip(later, self.manifests(list(later.values())), strict=True):
-            begun[index] = self._begin(manifest, base_digest)
-        ordered = [begun[index] for index in range(len(requests))]
-        return [(manifest, finish_row(self._database, manifest, row)) for manifest, row in ordered]
+            wanted.append((record, resolve(record, which)))
+        manifests = self.manifests(wanted)
+        _check_bases(manifests, base_digest)
+        begun = [start_row(self._database, manifest) for manifest in manifests]
+        finish = functools.partial(finish_row, self._database)
+        if sum(self._row_bytes(manifest) for manifest in manifests) < _PARALLEL_BYTES:
+            rows = list(map(finish, manifests, begun))
+        else:
+            with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:
+                rows = list(threads.map(finish, manifests, begun))
+        return list(zip(manifests, rows, strict=True))
 
     def manifests(self, wanted: Sequence[tuple[UserRecord, int]]) -> list[Manifest]:
         """The manifests of these revisions: each is in its user's record, or has been superseded."""
@@ -71,16 +78,20 @@ class RevisionLoader:
             f"user {shown(user)} has no revision in {self._database.place!r}; train one, or check the id"
         )
 
-    def _begin(self, manifest: Manifest, base_digest: str | None) -> tuple[Manifest, ts.Future]:
-        if base_digest is not None and manifest.base_digest != base_digest:
-            raise BaseMismatchError(
-                f"{manifest.shown} was made for the base {manifest.base_digest}, not for {base_digest}; load that "
-                "base, or train the user on this one"
-            )
-        return manifest, start_row(self._database, manifest)
-
     def latest(self, record: UserRecord) -> Manifest:
         """The manifest inside the user's record."""
         manifest = latest_manifest(record, self._registry.known)
         assert manifest is not None  # `known` raises where there is no cohort
         return manifest
+
+    def _row_bytes(self, manifest: Manifest) -> int:
+        return self._registry.known(manifest.cohort).layout.row_bytes
+
+
+def _check_bases(manifests: Sequence[Manifest], base_digest: str | None) -> None:
+    for manifest in manifests if base_digest is not None else ():
+        if manifest.base_digest != base_digest:
+            raise BaseMismatchError(
+                f"{manifest.shown} was made for the base {manifest.base_digest}, not for {base_digest}; load that "
+                "base, or train the user on this one"
+            )

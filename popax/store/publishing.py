@@ -10,7 +10,7 @@ from popax.errors import RevisionNotFoundError
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Revision
 from popax.store.database import Database
-from popax.store.manifest import Manifest, UserRecord, now
+from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import PackedOptimizer
 from popax.store.reader import read_users, stored_form
 from popax.store.records import derived_key, manifest_key, seal, shown, unseal, user_key
@@ -20,10 +20,12 @@ def new_manifest(
     cohort: StoredCohort,
     revision: Revision,
     record: UserRecord | None,
+    created: str,
     parents: Mapping[tuple[str, int], str],
     optimizer: PackedOptimizer | None,
 ) -> Manifest:
-    """The manifest of the user's next revision. parents: digests of the revisions that some are derived from."""
+    """The manifest of the user's next revision. created: the transaction's time. parents: digests of the revisions that
+    some are derived from."""
     latest = record.latest if record else 0
     return Manifest(
         user=revision.user,
@@ -34,7 +36,7 @@ def new_manifest(
         digest=revision.digest,
         base_digest=cohort.base_digest,
         config=cohort.config_record,
-        created=now(),
+        created=created,
         version=popax.__version__,
         parent=latest or None,
         run=revision.run,

@@ -41,20 +41,15 @@ def stored_form(manifest: Manifest) -> dict[str, Any]:
 
 def read_users(database: Database, transaction: ts.Transaction | None, users: Sequence[str]) -> list[UserRecord | None]:
     """Each user's pointers and latest manifest, None for an unknown user. Raises CorruptRevisionError by name."""
-    return list(each_user(database, transaction, users))
-
-
-def each_user(
-    database: Database, transaction: ts.Transaction | None, users: Sequence[str]
-) -> Iterator[UserRecord | None]:
-    """`read_users`, one by one while the others are still being read."""
     store = database.kvstore.with_transaction(transaction) if transaction else database.kvstore
     futures = [store.read(user_key(user)) for user in users]
+    found = []
     for user, future in zip(users, futures, strict=True):
         record = _unsealed(database, future, lambda user=user: f"the record of user {shown(user)}")
         if record is not None and record["user"] != user:
             raise _corrupt(f"the record of user {shown(user)}", f"it is the record of user {shown(record['user'])}")
-        yield None if record is None else UserRecord.from_stored(record)
+        found.append(None if record is None else UserRecord.from_stored(record))
+    return found
 
 
 def latest_manifest(record: UserRecord, cohort_of: Cohorts) -> Manifest | None:

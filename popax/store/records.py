@@ -64,9 +64,7 @@ def as_stored(record: Mapping[str, Any] | None) -> dict[str, Any]:
     if not record:
         return {}
     # A million records are mostly this plain: they need no way through JSON and back.
-    if all(type(value) in _SCALARS and type(name) is str for name, value in record.items()):
-        return dict(record)
-    return json.loads(canonical(record))
+    return copied if (copied := _plain_copy(record)) is not None else json.loads(canonical(record))
 
 
 def text_digest(*parts: str) -> str:
@@ -163,6 +161,22 @@ def row_key(cohort: str, index: int) -> str:
 
 def shared_key(digest: str) -> str:
     return f"shared/{digest}"
+
+
+def _plain_copy(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A copy of nested dicts of JSON's own scalars; None where there is anything else."""
+    copied: dict[str, Any] = {}
+    for name, value in record.items():
+        if type(value) is dict:
+            value = _plain_copy(value)
+            if value is None:
+                return None
+        elif type(value) not in _SCALARS:
+            return None
+        if type(name) is not str:
+            return None
+        copied[name] = value
+    return copied
 
 
 def _check(body: bytes) -> bytes:

@@ -1,6 +1,5 @@
 """Committing revisions: rows, manifests and user pointers in one atomic transaction."""
 
-import dataclasses
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, storage_error
 from popax.store.layout import row_digest
-from popax.store.manifest import Manifest, UserRecord
+from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizers
 from popax.store.publishing import digests_of, new_manifest, put_manifests
 from popax.store.reader import latest_manifest, read_users
@@ -38,7 +37,7 @@ def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
         start = write_rows(store, cohort, [packed[index] for index in fresh])
-        return [dataclasses.replace(entries[index], row=row) for row, index in enumerate(fresh, start)]
+        return [entries[index].placed(row, 0) for row, index in enumerate(fresh, start)]
 
     return _write(database, cohort, entries, place, beside)
 
@@ -58,7 +57,7 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
     def rows(transaction: ts.Transaction) -> list[Revision]:
         store = database.shard(shard).with_transaction(transaction)
         start = write_rows(store, cohort, [packed[index] for index in fresh])
-        return [dataclasses.replace(entries[index], row=row, shard=shard) for row, index in enumerate(fresh, start)]
+        return [entries[index].placed(row, shard) for row, index in enumerate(fresh, start)]
 
     return retried(database, len(fresh), rows)
 
@@ -94,14 +93,15 @@ def _write(
             return [manifest for manifest in kept if manifest is not None]
         store = database.kvstore.with_transaction(transaction)
         placed = place(store, fresh)
-        parents = digests_of(database, transaction, placed)
+        parents, created = digests_of(database, transaction, placed), now()
         made = [
-            new_manifest(cohort, revision, users[index], parents, (beside or {}).get(revision.user))
+            new_manifest(cohort, revision, users[index], created, parents, (beside or {}).get(revision.user))
             for revision, index in zip(placed, fresh, strict=True)
         ]
         put_manifests(store, [(one, users[index]) for one, index in zip(made, fresh, strict=True)])
         put_optimizers(store, [(one, beside[one.user]) for one in made if beside and one.user in beside])
-        return [manifest or made.pop(0) for manifest in kept]
+        written = iter(made)
+        return [manifest or next(written) for manifest in kept]
 
     return retried(database, len(entries), work)
 
