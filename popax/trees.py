@@ -1,6 +1,6 @@
 """Names for the leaves of nested dicts, and selections of one member from a stacked tree."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,19 +8,19 @@ import jax
 
 def flatten_named(tree: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:
     """Nested dict -> {"outer/inner": leaf}, sorted by name. Raises ValueError where a key holds the separator."""
-    flat: dict[str, Any] = {}
+    return dict(sorted(_named("", tree, separator), key=lambda pair: pair[0]))
 
-    def walk(prefix: str, node: Any) -> None:
-        if not isinstance(node, Mapping):
-            flat[prefix] = node
-            return
-        for key, child in node.items():
-            if separator in str(key):
-                raise ValueError(f"key {key!r} contains the separator {separator!r}")
-            walk(f"{prefix}{separator}{key}" if prefix else str(key), child)
 
-    walk("", tree)
-    return dict(sorted(flat.items()))
+# Not a function inside the one above: one that calls itself by a name of its surroundings is a cycle, and would keep
+# the leaves, gigabytes of them at times, until the next garbage collection.
+def _named(prefix: str, node: Any, separator: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, Mapping):
+        yield prefix, node
+        return
+    for key, child in node.items():
+        if separator in str(key):
+            raise ValueError(f"key {key!r} contains the separator {separator!r}")
+        yield from _named(f"{prefix}{separator}{key}" if prefix else str(key), child, separator)
 
 
 def unflatten_named(flat: Mapping[str, Any], *, separator: str = "/") -> dict[str, Any]:

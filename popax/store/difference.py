@@ -1,7 +1,7 @@
 """What changed from one revision to another: its record, and its weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -97,14 +97,13 @@ def _inner(scale_L: np.ndarray, one: tuple[jax.Array, jax.Array], other: tuple[j
 
 
 def _flat(manifest: Manifest) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+    kept = {name: value for name, value in manifest.to_dict().items() if name not in _LEFT_OUT}
+    return dict(_entries("", kept))
 
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, entry in value.items():
-                add(f"{name}.{key}" if name else str(key), entry)
-        else:
-            flat[name] = value
 
-    add("", {name: value for name, value in manifest.to_dict().items() if name not in _LEFT_OUT})
-    return flat
+def _entries(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, entry in value.items():
+        yield from _entries(f"{name}.{key}" if name else str(key), entry)

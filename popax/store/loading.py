@@ -11,7 +11,7 @@ from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFou
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.pointers import Which, resolve
-from popax.store.reader import Request, finish_row, latest_manifest, read_manifests, read_users, start_row
+from popax.store.reader import Request, await_all, finish_row, latest_manifest, read_manifests, read_users, start_row
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
 
@@ -45,6 +45,7 @@ class RevisionLoader:
         begun = [start_row(self._database, manifest) for manifest in manifests]
         finish = functools.partial(finish_row, self._database)
         if sum(self._row_bytes(manifest) for manifest in manifests) < _PARALLEL_BYTES:
+            await_all(begun)
             rows = list(map(finish, manifests, begun))
         else:
             with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:

@@ -3,9 +3,11 @@
 import dataclasses
 import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from popax.store.records import shown
+
+T = TypeVar("T")
 
 PROMOTIONS = 8
 
@@ -56,13 +58,12 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Manifest":
-        made = object.__new__(cls)
-        # A frozen dataclass sets its fields one by one: loading a thousand users would spend a tenth of its time there.
-        made.__dict__.update(_DEFAULTS)
-        made.__dict__.update(record)
-        if "derived_from" in record:
-            made.__dict__["derived_from"] = tuple((user, at, digest) for user, at, digest in made.derived_from)
-        return made
+        if record.get("derived_from"):
+            record = {
+                **record,
+                "derived_from": tuple((user, at, digest) for user, at, digest in record["derived_from"]),
+            }
+        return _made(cls, {**_DEFAULTS, **record})
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))
@@ -117,14 +118,23 @@ class UserRecord:
 
     @classmethod
     def from_stored(cls, record: Mapping[str, Any]) -> "UserRecord":
-        return cls(
-            user=record["user"],
-            latest=record["latest"],
-            oldest=record.get("oldest", 1),
-            promotions=tuple(record.get("promotions", ())),
-            tags=record.get("tags", {}),
-            current=record["manifest"],
-        )
+        fields = {
+            "user": record["user"],
+            "latest": record["latest"],
+            "oldest": record.get("oldest", 1),
+            "promotions": tuple(record.get("promotions", ())),
+            "tags": record.get("tags", {}),
+            "current": record["manifest"],
+        }
+        return _made(cls, fields)
+
+
+def _made(cls: type[T], fields: dict[str, Any]) -> T:
+    """An instance with these fields. A frozen dataclass's own __init__ sets them one by one, which is a tenth of the
+    time that loading a thousand users takes."""
+    made = object.__new__(cls)
+    object.__setattr__(made, "__dict__", fields)
+    return made
 
 
 def now() -> str:

@@ -18,10 +18,10 @@ _OF_COHORT = ("config", "base_digest")
 _ABSENT = Manifest(
     user="", revision=0, cohort="", row=-1, digest="", base_digest="", config={}, created="", version=""
 ).to_dict()
-# A whole catalog is read in parts, by the first two digits of the ids' hashes, and so many reads at a time: a million
-# keys need not fit in memory.
-PARTS = tuple(f"{number:02x}" for number in range(256))
-_IN_FLIGHT = 4096
+# A whole catalog is read in parts, by the first digit of the ids' hashes, and so many keys of a part at a time: a
+# million records need not fit in memory.
+PARTS = tuple("0123456789abcdef")
+AT_A_TIME = 4096
 
 Cohorts = Callable[[str], StoredCohort | None]
 
@@ -43,6 +43,7 @@ def read_users(database: Database, transaction: ts.Transaction | None, users: Se
     """Each user's pointers and latest manifest, None for an unknown user. Raises CorruptRevisionError by name."""
     store = database.kvstore.with_transaction(transaction) if transaction else database.kvstore
     futures = [store.read(user_key(user)) for user in users]
+    await_all(futures)
     found = []
     for user, future in zip(users, futures, strict=True):
         record = _unsealed(database, future, lambda user=user: f"the record of user {shown(user)}")
@@ -97,6 +98,12 @@ def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.
     return row
 
 
+def await_all(futures: Sequence[ts.Future]) -> None:
+    """Wait until most of them are done, without waking up for each; what failed is raised where its result is taken."""
+    if futures:
+        futures[-1].exception()
+
+
 def keys_under(store: ts.KvStore, place: str, prefix: str) -> list[str]:
     """The keys that start with the prefix, in order."""
     with storage_errors(place):
@@ -123,7 +130,7 @@ def records_at(
     database: Database, keys: Sequence[str]
 ) -> Iterator[tuple[str, UserRecord | CorruptRevisionError | None]]:
     """Each key with its record, None where it was deleted meanwhile, or what is wrong with it."""
-    for some in _chunks(keys, _IN_FLIGHT):
+    for some in chunks(keys):
         futures = [database.kvstore.read(key) for key in some]
         for key, future in zip(some, futures, strict=True):
             try:
@@ -135,7 +142,8 @@ def records_at(
                 yield key, error
 
 
-def _chunks(keys: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+def chunks(keys: Sequence[str], size: int = AT_A_TIME) -> Iterable[Sequence[str]]:
+    """The keys, so many at a time."""
     return (keys[start : start + size] for start in range(0, len(keys), size))
 
 

@@ -14,6 +14,7 @@ from popax.store.manifest import Manifest, UserRecord
 from popax.store.reader import (
     PARTS,
     Request,
+    chunks,
     finish_row,
     latest_manifest,
     part_keys,
@@ -85,7 +86,9 @@ def verify(
         audit.part([user_key(user) for user in users], asked=dict(zip(map(user_key, users), users, strict=True)))
         return audit.result()
     for part in PARTS:
-        audit.part(part_keys(database, "user", part))
+        audit.expected.clear()
+        for keys in chunks(part_keys(database, "user", part)):
+            audit.part(keys)
         audit.orphans_beside(part)
     audit.orphans_of("derived")
     return audit.result(orphan_rows=audit.rows.orphans())
@@ -98,11 +101,10 @@ class _Auditor:
         self._found: dict[str, int] = dict.fromkeys(("users", "revisions", "rows", "row_bytes"), 0)
         self._optimizer_states = self._orphan_records = self._problem_count = 0
         self._problems: list[Problem] = []
-        self._expected: set[str] = set()
+        self.expected: set[str] = set()  # keys that stand beside revisions of this part
 
     def part(self, keys: Sequence[str], asked: dict[str, str] | None = None) -> None:
         """Everything of the users under these keys. asked: their ids, where somebody asked for them by id."""
-        self._expected = set()
         records = []
         for key, record in records_at(self.database, keys):
             if isinstance(record, CorruptRevisionError):
@@ -127,7 +129,7 @@ class _Auditor:
         for kind in _BESIDE:
             for key in part_keys(self.database, kind, part):
                 # The user may have been committed or pruned since: what is there now decides.
-                if key not in self._expected and not self._is_revision(*key.split("/")[1:]):
+                if key not in self.expected and not self._is_revision(*key.split("/")[1:]):
                     self._orphan_records += 1
 
     def orphans_of(self, kind: str) -> None:
@@ -190,8 +192,8 @@ class _Auditor:
 
     def _count_manifest(self, manifest: Manifest) -> None:
         self._found["revisions"] += 1
-        self._expected.add(manifest_key(manifest.user, manifest.revision))
-        self._expected.add(f"scores/{manifest_key(manifest.user, manifest.revision).partition('/')[2]}")
+        self.expected.add(manifest_key(manifest.user, manifest.revision))
+        self.expected.add(f"scores/{manifest_key(manifest.user, manifest.revision).partition('/')[2]}")
         if manifest.revision > 1 and manifest.parent != manifest.revision - 1:
             self._revision_problem(Request(manifest.user, manifest.revision), f"its parent is {manifest.parent}")
         if not self.rows.name(manifest):
@@ -202,7 +204,7 @@ class _Auditor:
             self._present(manifest, derived_key(parent, manifest.user, manifest.revision), None)
         if manifest.optimizer is not None:
             key = optimizer_key(manifest.user, manifest.revision)
-            self._expected.add(key)
+            self.expected.add(key)
             self._present(manifest, key, manifest.optimizer["digest"])
             self._optimizer_states += 1
 

@@ -1,94 +1,150 @@
-"""SIGKILL at random instants: what was acknowledged is there, and what is there is whole."""
+"""SIGKILL at random instants: what was acknowledged is there, and what was not is there as a whole or not at all."""
 
+import copy
+import dataclasses
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import numpy as np
+import pytest
 
 from popax.store import Catalog, RowLayout
+from popax.store.manifest import PROMOTIONS
+from tests.store.kill_child import adapter
 
-KILLS = 20
-
-# One process imports everything and forks a writer for each round, so that a round costs no start-up. A writer
-# acknowledges a commit on the pipe only after `commit` has returned.
-NURSERY = """
-import os, sys
-import numpy as np
-from popax.store import Catalog, Commit
-
-def work(place, generation):
-    catalog = Catalog.open(place)
-    cohort = catalog.cohort_of(catalog.history("first")[0])
-    for step in range(10_000):
-        value = generation * 10_000 + step
-        adapter = {"s": {"x": np.full(2000, value, np.int32)}}
-        users = ["shared", f"own-{generation}"] if step % 3 else ["shared"]
-        manifests = catalog.commit_batch(cohort, [Commit(user, adapter, metrics={"value": value}) for user in users])
-        lines = [f"{manifest.revision} {manifest.user} {value}\\n" for manifest in manifests]
-        os.write(1, "".join(lines).encode())
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        work(sys.argv[1], int(line))
-    os.write(1, f"pid {child}\\n".encode())
-    os.waitpid(child, 0)
-    os.write(1, b"dead\\n")
-"""
+CHILD = Path(__file__).with_name("kill_child.py")
 
 
-def _round(nursery, generation, delay):
-    """Start a writer, kill it `delay` seconds after it was forked; returns what it acknowledged."""
+@dataclasses.dataclass
+class User:
+    """What a user should be: the value of each revision, by its number."""
+
+    values: dict[int, int] = dataclasses.field(default_factory=dict)
+    promotions: list[int] = dataclasses.field(default_factory=list)
+    tags: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Model:
+    """The catalog as a dictionary: what operations mean, without a store."""
+
+    def __init__(self):
+        self.users = {"first": User({1: 0})}
+
+    def apply(self, operation):
+        kind = operation["kind"]
+        for name in operation.get("users", []):
+            user = self.users.setdefault(name, User())
+            user.values[max(user.values, default=0) + 1] = operation["value"]
+        if kind == "delete":
+            del self.users[operation["user"]]
+        elif kind == "promote":
+            user = self.users[operation["user"]]
+            if user.promotions[-1:] != [operation["revision"]]:
+                user.promotions = [*user.promotions, operation["revision"]][-PROMOTIONS:]
+        elif kind == "tag":
+            self.users[operation["user"]].tags[operation["name"]] = operation["revision"]
+        elif kind == "prune":
+            user = self.users[operation["user"]]
+            user.values = {at: value for at, value in user.values.items() if at >= operation["before"]}
+            user.promotions = [at for at in user.promotions if at >= operation["before"]]
+
+    def after(self, operation):
+        changed = copy.deepcopy(self)
+        if operation is not None:
+            changed.apply(operation)
+        return changed
+
+
+def _found(catalog):
+    """The catalog's state as a Model's users; the values are those of the rows themselves."""
+    users = {}
+    for record in catalog.list():
+        history = catalog.history(record.user)
+        values = {manifest.revision: manifest.metrics.get("value", 0) for manifest in history}
+        users[record.user] = User(values, list(record.promotions), dict(record.tags))
+        latest, _ = catalog.load(record.user)
+        assert (latest["s"]["x"] == values[record.latest]).all()
+    return users
+
+
+def _round(nursery, model, generation, delay):
+    """Start a writer and kill it after `delay` seconds; returns what it had begun and not acknowledged."""
     nursery.stdin.write(f"{generation}\n")
     nursery.stdin.flush()
-    acknowledged = []
+    begun, acknowledged = None, 0
     for line in nursery.stdout:
-        if line.startswith("pid "):
+        said = json.loads(line)
+        if "pid" in said:
             time.sleep(delay)
-            os.kill(int(line.split()[1]), signal.SIGKILL)
-        elif line == "dead\n":
-            return acknowledged
+            os.kill(said["pid"], signal.SIGKILL)
+        elif "dead" in said:
+            return begun, acknowledged
+        elif "done" in said:
+            model.apply(begun)
+            begun, acknowledged = None, acknowledged + 1
         else:
-            revision, user, value = line.split()
-            acknowledged.append((user, int(revision), int(value)))
+            begun = said
     raise AssertionError(f"the nursery ended: {nursery.wait()}")
 
 
-def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(place, config, specs):
-    """Invariant 6 for the catalog: killed 20 times, it is what it would have been without."""
-    first = {"s": {"x": np.zeros(2000, np.int32)}}
+def _killed(place, config, specs, kills):
+    first = adapter(0)
     catalog = Catalog.open(place, create=True)
     cohort = catalog.cohort(config, specs, "base", RowLayout.of(first))
     catalog.commit(cohort, "first", first)
-    rng, total, seen = random.Random(0), 0, {}
+    rng, model, total, interrupted = random.Random(0), Model(), 0, set()
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-u", "-c", NURSERY, str(place)]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-u", str(CHILD), str(place)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as nursery:
-        for generation in range(KILLS):
-            acknowledged = _round(nursery, generation, rng.uniform(0.01, 0.25))
-            total += len(acknowledged)
+        for generation in range(kills):
+            begun, acknowledged = _round(nursery, model, generation, rng.uniform(0.01, 0.25))
+            total += acknowledged
             opened = Catalog.open(place)
-            for user, revision, value in acknowledged:
-                adapter, manifest = opened.load(user, revision)
-                assert manifest.metrics == {"value": value}
-                assert (adapter["s"]["x"] == value).all()
-            for record in opened.list():
-                history = opened.history(record.user)
-                assert [manifest.revision for manifest in history] == list(range(1, record.latest + 1))
-                assert history[: len(seen.get(record.user, []))] == seen.get(record.user, [])
-                for manifest in history[len(seen.get(record.user, [])) :]:
-                    adapter, _ = opened.load(record.user, manifest.revision)
-                    assert (adapter["s"]["x"] == manifest.metrics.get("value", 0)).all()
-                seen[record.user] = history
-            # A batch is there as a whole: a user's own revisions are those that it shares a commit with.
-            shared = [manifest.metrics["value"] for manifest in seen.get("shared", [])]
-            own = [manifest.metrics["value"] for manifest in seen.get(f"own-{generation}", [])]
-            assert own == [value for value in shared if value // 10_000 == generation and value % 10_000 % 3]
+            found = _found(opened)
+            if found != model.users:
+                # The operation under way was carried out, as a whole, and only its acknowledgement was lost.
+                model = model.after(begun)
+                assert found == model.users, begun
+            if begun is not None:
+                interrupted.add(begun["kind"])
+            audit = opened.verify()
+            assert audit.clean, audit.problems
+            assert audit.rows == sum(len(user.values) for user in model.users.values())
         nursery.stdin.close()
-    assert total > KILLS
+    assert total > kills
+    return model, interrupted
+
+
+def _files(place):
+    return b"".join(path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file())
+
+
+def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(place, config, specs):
+    """Invariant 6 for the catalog: killed 15 times, it is what it would have been without."""
+    _killed(place, config, specs, 15)
+
+
+@pytest.mark.slow
+def test_three_hundred_kills_leave_no_orphan(place, config, specs):
+    """Commits, batched commits, promotions, deletions, prunings and gc, killed 300 times at random instants."""
+    model, interrupted = _killed(place, config, specs, 300)
+    assert {"commit", "batch", "promote", "delete", "gc"} <= interrupted
+    catalog = Catalog.open(place)
+    catalog.gc(grace_s=0)
+    audit = catalog.verify()
+    assert audit.clean
+    assert (audit.orphan_rows, audit.orphan_records) == (0, 0)
+    assert _found(catalog) == model.users
+    # No orphan bytes: what is on disk is what is named, and the tree that leads to it.
+    named = sum(len(user.values) for user in model.users.values()) * 8064
+    assert len(_files(place)) < 1.5 * named + 200_000

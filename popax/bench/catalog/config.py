@@ -9,8 +9,9 @@ from popax.errors import ConfigError
 class BenchCatalogConfig:
     """users: of small rows, committed `batch` in a transaction, in the order of their ids' hashes (a batch then
     touches neighbouring leaves of the tree, as a bulk load does). large_users: of `lora` rows of rank `rank` on all
-    linear layers. loads: single loads that are timed. batch_loads: timed batched loads, of `batch_users` each.
-    history_revisions: of one user. layouts: numbers of users stored in three ways. audit: whether `verify` reads all.
+    linear layers. loads: single loads that are timed. batch_loads: timed batched loads of `batch_users` each, after
+    `warm_loads` that are not. history_revisions: of one user. layouts: numbers of users stored in three ways. audit:
+    whether `verify` reads all.
     """
 
     users: int = 50_000
@@ -20,6 +21,7 @@ class BenchCatalogConfig:
     loads: int = 5_000
     batch_loads: int = 30
     batch_users: int = 1_024
+    warm_loads: int = 200
     history_revisions: int = 20
     layouts: tuple[int, ...] = (4, 16, 256)
     audit: bool = True

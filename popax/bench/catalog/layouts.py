@@ -12,15 +12,18 @@ from safetensors.numpy import load_file
 
 from popax.adapters.peft import save_peft
 from popax.bench.catalog.config import BenchCatalogConfig
-from popax.bench.catalog.population import LARGE, Benchmarked, large_commits, user_id
+from popax.bench.catalog.population import LARGE, Benchmarked, large_commits, register, user_id
+from popax.modeling.config import ModelConfig
 from popax.store.catalog import Catalog
 from popax.trees import flatten_named
 
 REPEATS = 3
 
 
-def layouts(bench: Benchmarked, config: BenchCatalogConfig, scratch: Path) -> Iterator[dict[str, Any]]:
-    """A row for each number of users and way of storing: objects a user, bytes, milliseconds to load them all."""
+def layouts(place: Path, model: ModelConfig, config: BenchCatalogConfig, scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row for each number of users and way of storing: files, bytes, milliseconds to load them all (the median of
+    REPEATS, files in the page cache, each time opened anew)."""
+    bench = register(Catalog.open(place, read_only=True), model, config)
     for count in config.layouts:
         users = [LARGE + user_id(number) for number in range(count)]
         adapters = [adapter for adapter, _ in bench.catalog.load_batch(users)]
@@ -37,7 +40,7 @@ def layouts(bench: Benchmarked, config: BenchCatalogConfig, scratch: Path) -> It
             yield {
                 "users": count,
                 "stored as": name,
-                "objects": objects,
+                "files": objects,
                 "bytes": size,
                 "load_ms": float(np.median(times)),
             }

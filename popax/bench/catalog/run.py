@@ -8,9 +8,7 @@ from popax.bench.catalog import measure
 from popax.bench.catalog.config import BenchCatalogConfig
 from popax.bench.catalog.layouts import layouts
 from popax.bench.catalog.measure import Figures, Say
-from popax.bench.catalog.population import bulk_order, register
 from popax.modeling.config import ModelConfig
-from popax.store.catalog import Catalog
 
 
 def bench_catalog(
@@ -21,16 +19,14 @@ def bench_catalog(
     with tempfile.TemporaryDirectory(prefix="popax-bench-catalog-") as folder:
         scratch = Path(folder)
         home = place or scratch / "catalog"
-        bench = register(Catalog.open(home, create=True), model, config)
-        say(f"rows of {bench.small.layout.row_bytes:,} and {bench.large.layout.row_bytes:,} bytes in {home}")
-        order = bulk_order(config.users)
-        figures = measure.build(bench, order, config, home, say)
+        figures = measure.build(home, model, config, say)
         say("built; loading")
-        figures |= measure.open_and_load(home, config, order)
+        # Each opens the catalog anew, and closes it: one cache of nodes at a time is what a server has.
+        figures |= measure.open_and_load(home, config)
         figures |= measure.load_large(home, config)
-        figures |= measure.one_history(bench, config)
+        figures |= measure.one_history(home, config)
         figures |= measure.extract_one(home, config, scratch)
         figures |= measure.audit(home, config, say)
         figures |= measure.memory()
         say("the same adapters, stored in three ways")
-        return figures, list(layouts(bench, config, scratch))
+        return figures, list(layouts(home, model, config, scratch))
