@@ -28,6 +28,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from popax.bench.host_memory import share_arenas
+
+    share_arenas()
     from popax.bench.catalog.config import BenchCatalogConfig
     from popax.bench.catalog.run import bench_catalog
     from popax.bench.report import write_report
