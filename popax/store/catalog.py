@@ -16,6 +16,7 @@ from popax.store.commit import Commit, Revision
 from popax.store.database import Database, storage_errors
 from popax.store.deletion import Deletion, Derived
 from popax.store.filters import UserFilter
+from popax.store.gc import GRACE_S, Collected, collect
 from popax.store.layout import RowLayout
 from popax.store.loading import RevisionLoader
 from popax.store.manifest import Manifest, UserRecord
@@ -260,6 +261,11 @@ class Catalog:
     ) -> Audit:
         """Read and check every revision of these users, or of all; see `verify.verify`."""
         return verify(self._database, self._registry, users=users, progress=progress)
+
+    def gc(self, *, grace_s: float = GRACE_S, say: Callable[[str], None] = lambda line: None) -> Collected:
+        """Give back the bytes of what was deleted, replaced or abandoned; see `gc.collect`."""
+        self._writable("collect garbage")
+        return collect(self._database, self._registry, grace_s=grace_s, say=say)
 
     def users(self, where: UserFilter = EVERYONE) -> Iterator[tuple[UserRecord, Manifest]]:
         """Each user that is meant, with the latest manifest, in the order of the ids' hashes.

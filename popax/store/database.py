@@ -4,26 +4,34 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
 
 from popax.errors import CatalogError, StorageError
+from popax.store.locks import CatalogLocks
 from popax.store.records import rows_path
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "popax_catalog.json"
 # Shard 0 holds all that is small: users, manifests, cohorts; and the rows of a single writer. Each further process of a
 # run writes its rows into a shard of its own, a database that holds nothing else.
 SHARDS = "shard_{:05d}/"
 
-# OCDBT's default of 8 MiB per B-tree node makes a single commit rewrite, and a cold load read, megabytes: measured at
-# 50,000 users 43 ms a commit and 1.0 MB a cold load, against 3.1 ms and 26 KB with 64 KiB nodes. Both values are
-# written into the database when it is created, and hold from then on. User records (under 256 bytes) lie in the nodes.
-OCDBT_CONFIG = {"max_decoded_node_bytes": 64 << 10, "max_inline_value_bytes": 256}
-CACHE_BYTES = 128 << 20
+# OCDBT's default of 8 MiB per B-tree node makes a single commit rewrite, and a cold load read, megabytes. User records,
+# manifests of some 200 bytes included, lie in the nodes. Values, nodes and versions have files of their own: nodes are
+# replaced by every commit, values by none, and `gc` need not move values to be rid of nodes. All of it is written into
+# the database when it is created, and holds from then on.
+OCDBT_CONFIG = {"max_decoded_node_bytes": 16 << 10, "max_inline_value_bytes": 1024}
+DATA_PREFIXES = {
+    "value_data_prefix": "v/",
+    "btree_node_data_prefix": "n/",
+    "version_tree_node_data_prefix": "h/",
+}
+# The leaves of a million users take 360 MB: kept, a load reads nothing but its row.
+CACHE_BYTES = 448 << 20
 # More rows than any catalog will see; a zarr3 array has no cost for chunks that were never written.
 ROW_CAPACITY = 1 << 40
 
@@ -46,6 +54,8 @@ class Database:
     def __init__(self, place: str, root: ts.KvStore.Spec, context: ts.Context):
         self.place = place
         self._root, self._context = root, context
+        self.directory = Path(place).expanduser().absolute() if is_local(place) else None
+        self.locks = CatalogLocks(self.directory)
         self._shards: dict[int, ts.KvStore] = {}
         self.kvstore: ts.KvStore = self.shard(0)
 
@@ -56,7 +66,36 @@ class Database:
         return self._shards[index]
 
     def _spec(self, shard: int) -> dict[str, Any]:
-        return {"driver": "ocdbt", "base": (self._root / SHARDS.format(shard)).to_json(), "config": OCDBT_CONFIG}
+        base = self._base_spec(shard).to_json()
+        return {"driver": "ocdbt", "base": base, "config": OCDBT_CONFIG, **DATA_PREFIXES}
+
+    def _base_spec(self, shard: int) -> ts.KvStore.Spec:
+        return self._root / SHARDS.format(shard)
+
+    def base(self, shard: int) -> ts.KvStore:
+        """The store that a shard's own files lie in."""
+        return ts.KvStore.open(self._base_spec(shard), context=self._context).result()
+
+    def data_files(self, shard: int) -> dict[str, int | None]:
+        """A shard's data files, by their keys in `base`, with their sizes; None at a URL, where listing tells none."""
+        if self.directory is None:
+            listed = self.base(shard).list().result()
+            return {key.decode(): None for key in listed if key.decode().startswith(tuple(DATA_PREFIXES.values()))}
+        folder, found = self.directory / SHARDS.format(shard), {}
+        for path in (path for prefix in DATA_PREFIXES.values() for path in (folder / prefix).glob("*")):
+            with contextlib.suppress(FileNotFoundError):  # a file that was being written has its final name now
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+        return found
+
+    def remove_files(self, shard: int, names: Iterable[str]) -> None:
+        """Remove these of `data_files`, those that a killed writer left half-written included."""
+        if self.directory is None:
+            base = self.base(shard)
+            for removed in [base.write(name, None) for name in names]:
+                removed.result()
+            return
+        for name in names:
+            (self.directory / SHARDS.format(shard) / name).unlink(missing_ok=True)
 
     def shard_count(self) -> int:
         """How many shards there are."""
@@ -73,7 +112,7 @@ class Database:
 
     @classmethod
     def open(cls, place: str | os.PathLike, *, create: bool, context: ts.Context | None = None) -> "Database":
-        """Open the catalog at a local path or a TensorStore URL (gs://, s3://, memory://).
+        """Open the catalog at a local path, a TensorStore URL (gs://, s3://, memory://) or a store's JSON.
 
         memory:// lives as long as the context. Raises CatalogError where there is none and `create` is false, or
         where it is of an unknown format; StorageError where the place cannot be read or written.
@@ -97,13 +136,6 @@ class Database:
 
     def create_rows(self, cohort: str, row_bytes: int, shard: int = 0) -> None:
         """Make the array of a cohort's rows in a shard, where there is none."""
-        self._open_rows(cohort, row_bytes, shard, create=True)
-
-    def rows(self, cohort: str, row_bytes: int, shard: int = 0) -> ts.TensorStore:
-        """A cohort's rows, for reading: uint8 [ROW_CAPACITY, row_bytes], one row a chunk, its bytes as they are."""
-        return self._open_rows(cohort, row_bytes, shard, create=False)
-
-    def _open_rows(self, cohort: str, row_bytes: int, shard: int, *, create: bool) -> ts.TensorStore:
         metadata = {
             "shape": [ROW_CAPACITY, row_bytes],
             "data_type": "uint8",
@@ -119,7 +151,8 @@ class Database:
             "metadata": metadata,
             "recheck_cached_metadata": False,
         }
-        return ts.open(spec, context=self._context, open=True, create=create).result()
+        with self.locks.writing():
+            ts.open(spec, context=self._context, open=True, create=True).result()
 
 
 @contextlib.contextmanager
@@ -147,17 +180,27 @@ def is_refused(error: Exception) -> bool:
 
 
 def is_conflict(error: Exception) -> bool:
-    """Whether a transaction failed because what it had read was changed by another writer."""
-    return str(error).startswith("ABORTED")
+    """Whether a transaction failed because what it had read was changed by another writer, or its file removed."""
+    return str(error).startswith("ABORTED") or is_gone(error)
+
+
+def is_gone(error: BaseException) -> bool:
+    """Whether a file was not there: `gc` has removed it since the manifest that led to it was read, or it is lost."""
+    return str(error).startswith("NOT_FOUND")
 
 
 def is_local(place: str | os.PathLike) -> bool:
-    """Whether the place is a path of this machine's file system, not a URL."""
-    return _URL.match(os.fspath(place)) is None
+    """Whether the place is a path of this machine's file system, not a URL or a store's specification."""
+    name = os.fspath(place)
+    return _URL.match(name) is None and not name.startswith("{")
 
 
 def place_spec(name: str) -> ts.KvStore.Spec:
-    """The key-value store of a local directory or a URL. Raises ValueError on a URL that TensorStore does not know."""
+    """The key-value store of a local directory, a URL, or TensorStore's JSON for a store (as an S3 server of one's own
+    needs it: endpoint, bucket, path). Raises ValueError on what TensorStore does not know."""
+    if name.startswith("{"):
+        record = json.loads(name)
+        return ts.KvStore.Spec({**record, "path": f"{record.get('path', '').rstrip('/')}/".lstrip("/")})
     if not is_local(name):
         return ts.KvStore.Spec(name if name.endswith("/") else f"{name}/")
     return ts.KvStore.Spec({"driver": "file", "path": f"{Path(name).expanduser().absolute()}/"})

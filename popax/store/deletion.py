@@ -169,6 +169,8 @@ def _erase(database: Database, transaction: ts.Transaction, keys: Sequence[str],
 def _erase_in_other_shards(database: Database, rows: Sequence[_Row]) -> None:
     """Other shards are databases of their own: their rows go once nothing names them. Killed before that, they are rows
     that nothing names, which `verify` counts and `gc` removes."""
-    with storage_errors(database.place):
+    if not any(row.shard for row in rows):
+        return
+    with storage_errors(database.place), database.locks.writing():
         for erased in [database.shard(row.shard).write(row.key, None) for row in rows if row.shard]:
             erased.result()

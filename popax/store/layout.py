@@ -123,7 +123,7 @@ class RowLayout:
 
 def row_digest(row: np.ndarray) -> str:
     """sha256 of a packed row, padding included, as hex: the identity of an adapter's content."""
-    return hashlib.sha256(row if row.flags.c_contiguous else np.ascontiguousarray(row)).hexdigest()
+    return hashlib.sha256((row if row.flags.c_contiguous else np.ascontiguousarray(row)).data).hexdigest()
 
 
 @functools.cache

@@ -58,12 +58,8 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Manifest":
-        if record.get("derived_from"):
-            record = {
-                **record,
-                "derived_from": tuple((user, at, digest) for user, at, digest in record["derived_from"]),
-            }
-        return _made(cls, {**_DEFAULTS, **record})
+        parents = tuple((user, at, digest) for user, at, digest in record.get("derived_from", ()))
+        return _made(cls, {**_DEFAULTS, **record, "derived_from": parents})
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))

@@ -8,7 +8,7 @@ import tensorstore as ts
 
 from popax.errors import CatalogError, CorruptRevisionError
 from popax.store.cohort import StoredCohort
-from popax.store.database import Database, is_refused, storage_error, storage_errors
+from popax.store.database import Database, is_gone, is_refused, storage_error, storage_errors
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.records import BrokenRecordError, manifest_key, row_key, shown, unseal, user_key
@@ -22,6 +22,7 @@ _ABSENT = Manifest(
 # million records need not fit in memory.
 PARTS = tuple("0123456789abcdef")
 AT_A_TIME = 4096
+_READS_AGAIN = 3
 
 Cohorts = Callable[[str], StoredCohort | None]
 
@@ -46,7 +47,8 @@ def read_users(database: Database, transaction: ts.Transaction | None, users: Se
     await_all(futures)
     found = []
     for user, future in zip(users, futures, strict=True):
-        record = _unsealed(database, future, lambda user=user: f"the record of user {shown(user)}")
+        what = lambda user=user: f"the record of user {shown(user)}"  # noqa: E731
+        record = _unsealed(database, store, user_key(user), future, what)
         if record is not None and record["user"] != user:
             raise _corrupt(f"the record of user {shown(user)}", f"it is the record of user {shown(record['user'])}")
         found.append(None if record is None else UserRecord.from_stored(record))
@@ -72,9 +74,8 @@ def read_manifests(
     futures = [store.read(manifest_key(user, revision)) for user, revision in requests]
     found = []
     for (user, revision), future in zip(requests, futures, strict=True):
-        record = _unsealed(
-            database, future, lambda user=user, revision=revision: f"the manifest of {shown(user)}@{revision}"
-        )
+        what = lambda user=user, revision=revision: f"the manifest of {shown(user)}@{revision}"  # noqa: E731
+        record = _unsealed(database, store, manifest_key(user, revision), future, what)
         found.append(None if record is None else _as_manifest(record, user, revision, cohort_of))
     return found
 
@@ -84,10 +85,23 @@ def start_row(database: Database, manifest: Manifest) -> ts.Future:
     return database.shard(manifest.shard).read(row_key(manifest.cohort, manifest.row))
 
 
+def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadResult:
+    """The result of the read that `future` began; read again, from the version that is there now, where `gc` had
+    removed a file since. Readers take no lock: this is all that it costs them."""
+    for _ in range(_READS_AGAIN):
+        try:
+            return future.result()
+        except ValueError as error:
+            if not is_gone(error):
+                raise
+            future = store.read(key)
+    return future.result()
+
+
 def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.ndarray:
     """The revision's row, uint8 [row_bytes]. Raises CorruptRevisionError where it is not that of its digest."""
     try:
-        result = future.result()
+        result = settled(database.shard(manifest.shard), row_key(manifest.cohort, manifest.row), future)
     except (ValueError, OSError) as error:
         if is_refused(error):
             raise storage_error(database.place, error) from error
@@ -108,6 +122,12 @@ def keys_under(store: ts.KvStore, place: str, prefix: str) -> list[str]:
     """The keys that start with the prefix, in order."""
     with storage_errors(place):
         after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        for _ in range(_READS_AGAIN):
+            try:
+                return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, after)).result()]
+            except ValueError as error:
+                if not is_gone(error):  # see `settled`
+                    raise
         return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, after)).result()]
 
 
@@ -134,7 +154,8 @@ def records_at(
         futures = [database.kvstore.read(key) for key in some]
         for key, future in zip(some, futures, strict=True):
             try:
-                record = _unsealed(database, future, lambda key=key: f"the user record {key!r}")
+                what = lambda key=key: f"the user record {key!r}"  # noqa: E731
+                record = _unsealed(database, database.kvstore, key, future, what)
                 if record is not None and user_key(record["user"]) != key:
                     raise _corrupt(f"the user record {key!r}", f"it is the record of user {shown(record['user'])}")
                 yield key, None if record is None else UserRecord.from_stored(record)
@@ -147,9 +168,11 @@ def chunks(keys: Sequence[str], size: int = AT_A_TIME) -> Iterable[Sequence[str]
     return (keys[start : start + size] for start in range(0, len(keys), size))
 
 
-def _unsealed(database: Database, future: ts.Future, what: Callable[[], str]) -> dict[str, Any] | None:
+def _unsealed(
+    database: Database, store: ts.KvStore, key: str, future: ts.Future, what: Callable[[], str]
+) -> dict[str, Any] | None:
     try:
-        result = future.result()
+        result = settled(store, key, future)
         return unseal(result.value) if result.state == "value" else None
     except CatalogError:
         raise

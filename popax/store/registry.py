@@ -9,9 +9,10 @@ import tensorstore as ts
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import CatalogError
 from popax.store.cohort import StoredCohort
-from popax.store.database import Database, is_conflict, storage_error, storage_errors
+from popax.store.database import Database, storage_errors
 from popax.store.layout import RowLayout, row_digest
 from popax.store.records import BrokenRecordError, cohort_key, seal, shared_key, unseal
+from popax.store.writer import retried
 from popax.types import AdapterState
 
 
@@ -84,20 +85,17 @@ class CohortRegistry:
         return found
 
     def _register(self, cohort: StoredCohort, shared: Mapping[str, Any] | None) -> None:
-        transaction = ts.Transaction(atomic=True, repeatable_read=True)
-        store = self._database.kvstore.with_transaction(transaction)
-        try:
-            # The array alone means nothing: the cohort exists once its record does.
+        # The array alone means nothing: the cohort exists once its record does.
+        with storage_errors(self._database.place):
             self._database.create_rows(cohort.id, cohort.layout.row_bytes)
+
+        def work(transaction: ts.Transaction) -> None:
+            store = self._database.kvstore.with_transaction(transaction)
             if store.read(cohort_key(cohort.id)).result().state == "value":
-                return
+                return  # another process was first
             if shared and cohort.shared_layout:
                 packed = cohort.shared_layout.pack(shared).tobytes()
                 store.write(shared_key(str(cohort.shared_digest)), packed).result()
             store.write(cohort_key(cohort.id), seal(cohort.to_dict())).result()
-            transaction.commit_sync()
-        except (ValueError, OSError) as error:
-            if not is_conflict(error):  # a conflict: another process registered it
-                raise storage_error(self._database.place, error) from error
-        finally:
-            transaction.abort()
+
+        retried(self._database, 1, work)

@@ -8,10 +8,10 @@ from typing import TypeVar
 import numpy as np
 import tensorstore as ts
 
-from popax.errors import ConflictError
+from popax.errors import ConflictError, CorruptRevisionError
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
-from popax.store.database import Database, is_conflict, storage_error
+from popax.store.database import Database, is_conflict, is_gone, storage_error
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizers
@@ -111,12 +111,16 @@ def retried(database: Database, count: int, work: Callable[[ts.Transaction], T])
     for attempt in range(ATTEMPTS):
         transaction = ts.Transaction(atomic=True, repeatable_read=True)
         try:
-            made = work(transaction)
-            transaction.commit_sync()
+            with database.locks.writing():
+                made = work(transaction)
+                transaction.commit_sync()
             return made
         except (ValueError, OSError) as error:
             if not is_conflict(error):
                 raise storage_error(database.place, error) from error
+        except CorruptRevisionError as error:
+            if attempt or error.__cause__ is None or not is_gone(error.__cause__):
+                raise  # else gc has removed a file since the transaction began
         finally:
             transaction.abort()  # no effect once committed
         time.sleep(random.uniform(0, min(LONGEST_PAUSE_S, 0.002 * 2 ** min(attempt, 10))))

@@ -44,7 +44,7 @@ def test_each_hostile_id_finds_its_own_row(catalog, config, specs, place):
         assert manifest.user == user
     assert {record.user for record in catalog.list()} == set(HOSTILE)
     files = [path.relative_to(place) for path in place.rglob("*")]
-    assert all(path.parts[0] in ("popax_catalog.json", "shard_00000") for path in files)
+    assert all(path.parts[0] in ("popax_catalog.json", "shard_00000", "locks") for path in files)
     assert all(len(path.name) < 60 for path in files)
 
 
