@@ -35,6 +35,7 @@ CACHE_BYTES = 448 << 20
 # More rows than any catalog will see; a zarr3 array has no cost for chunks that were never written.
 ROW_CAPACITY = 1 << 40
 
+_UNFINISHED = ".__lock"
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 # What TensorStore says when the place it writes to, not the bytes it reads, is at fault.
 _REFUSED = re.compile(
@@ -97,6 +98,27 @@ class Database:
         for name in names:
             (self.directory / SHARDS.format(shard) / name).unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """Around whatever writes to a shard or to the marker.
+
+        TensorStore's file driver writes beside the file that it replaces, under a name of its own, and takes such a
+        file over from a writer that was killed; where that one had written more, its last bytes stay (seen with 0.1.86:
+        the manifest then cannot be read, nor anything below it). So writers take turns, and each removes what a killed
+        one has left: while the turn is held, such a file is nobody's.
+        """
+        with self.locks.committing():
+            if self.directory is not None:
+                for left in (*self.directory.glob(f"*{_UNFINISHED}"), *self.directory.glob(f"shard_*/*{_UNFINISHED}")):
+                    left.unlink(missing_ok=True)
+            yield
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around a write that is no transaction."""
+        with self.locks.writing(), self.committing():
+            yield
+
     def shard_count(self) -> int:
         """How many shards there are."""
         with storage_errors(self.place):
@@ -105,7 +127,7 @@ class Database:
 
     def declare_shards(self, count: int) -> None:
         """Write into the marker that there are at least so many shards, before a manifest names one of them."""
-        with storage_errors(self.place):
+        with storage_errors(self.place), self.writing():
             store = ts.KvStore.open(self._root, context=self._context).result()
             if count > json.loads(store.read(MARKER).result().value)["shards"]:
                 store.write(MARKER, json.dumps({"format": FORMAT, "shards": count}).encode()).result()
@@ -129,9 +151,11 @@ class Database:
             if marker.state != "value":
                 if not create:
                     raise CatalogError(f"no catalog at {name!r}; check the path, or create one with create=True")
-                store.write(MARKER, json.dumps({"format": FORMAT, "shards": 1}).encode()).result()
-            else:
-                _check_format(name, marker.value)
+                database = cls(name, root, context)
+                with database.writing():
+                    store.write(MARKER, json.dumps({"format": FORMAT, "shards": 1}).encode()).result()
+                return database
+            _check_format(name, marker.value)
             return cls(name, root, context)
 
     def create_rows(self, cohort: str, row_bytes: int, shard: int = 0) -> None:
@@ -151,7 +175,7 @@ class Database:
             "metadata": metadata,
             "recheck_cached_metadata": False,
         }
-        with self.locks.writing():
+        with self.writing():
             ts.open(spec, context=self._context, open=True, create=True).result()
 
 

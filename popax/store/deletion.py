@@ -171,6 +171,6 @@ def _erase_in_other_shards(database: Database, rows: Sequence[_Row]) -> None:
     that nothing names, which `verify` counts and `gc` removes."""
     if not any(row.shard for row in rows):
         return
-    with storage_errors(database.place), database.locks.writing():
+    with storage_errors(database.place), database.writing():
         for erased in [database.shard(row.shard).write(row.key, None) for row in rows if row.shard]:
             erased.result()

@@ -119,7 +119,7 @@ def _read_suspects(database: Database) -> Suspects | None:
 
 def _write_suspects(database: Database, suspects: Suspects | None, noted: Suspects | None) -> None:
     if suspects != noted:
-        with database.locks.writing():
+        with database.writing():
             database.kvstore.write(SUSPECTS, suspects and seal(suspects._asdict())).result()
 
 
@@ -131,7 +131,7 @@ def _collect_rows(
     gone = [row for row in unnamed if grace_s <= 0 or row in known]
     if gone:
         # Looked for again while nobody commits: a run may have published them since.
-        with database.locks.quiet():
+        with database.locks.quiet(), database.committing():
             gone = list(set(gone).intersection(_unnamed(database, registry)))
             erased = [database.shard(shard).write(row_key(cohort, row), None) for shard, cohort, row in gone]
             for done in erased:
@@ -173,8 +173,8 @@ class Batch(NamedTuple):
 def _evacuate(database: Database, shard: int) -> Collected:
     """Write anew what is live in files that also hold what is not.
 
-    Afterwards the only dead bytes are nodes that this itself wrote, of what is alive: those that one of its transactions
-    replaced of the one before, and those that OCDBT writes twice in one commit.
+    Afterwards the only dead bytes are nodes that this itself wrote, of what is alive: those that one of its
+    transactions replaced of the one before, and those that OCDBT writes twice in one commit.
     """
     base, rewritten = database.base(shard), 0
     for batch in _batches(base, _mixed(database, shard, base)):

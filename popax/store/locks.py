@@ -36,6 +36,12 @@ class CatalogLocks:
             yield
 
     @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """Held, inside `writing`, while a commit is made: one at a time. See `Database.committing`."""
+        with self._held("commit", fcntl.LOCK_EX):
+            yield
+
+    @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """While this is held no writer is between its first read and its commit. Those that come wait, those that are
         there finish: a stream of them cannot keep the collector waiting."""
@@ -57,12 +63,12 @@ class CatalogLocks:
             yield
             return
         try:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             held = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise StorageError(
-                f"{self._folder / name} cannot be locked: {error}; nothing was committed. Free space or fix the "
-                "permissions, then repeat"
+                f"{str(self._folder)!r} refused: {error}; nothing was committed. Free space or fix the permissions, "
+                "then repeat"
             ) from error
         try:
             fcntl.flock(held, mode)

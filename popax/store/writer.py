@@ -113,7 +113,8 @@ def retried(database: Database, count: int, work: Callable[[ts.Transaction], T])
         try:
             with database.locks.writing():
                 made = work(transaction)
-                transaction.commit_sync()
+                with database.committing():
+                    transaction.commit_sync()
             return made
         except (ValueError, OSError) as error:
             if not is_conflict(error):

@@ -100,6 +100,14 @@ def test_pruning(catalog, capsys):
     assert "is the latest" in capsys.readouterr().err
 
 
+def test_garbage_is_collected(catalog, capsys, tmp_path):
+    before = sum(path.stat().st_size for path in (tmp_path / "catalog").rglob("*") if path.is_file())
+    assert main(["users", "delete", catalog, "ada", "--yes"]) == 0
+    assert main(["users", "gc", catalog, "--grace", "0", "--json", str(tmp_path / "gc.json")]) == 0
+    assert "files removed" in capsys.readouterr().out
+    assert 0 < _json(tmp_path / "gc.json")["bytes_left"] < before
+
+
 def test_an_audit_says_by_its_exit_code_whether_all_is_well(catalog, capsys, tmp_path):
     out = tmp_path / "audit.json"
     assert main(["users", "verify", catalog, "--json", str(out)]) == 0

@@ -1,6 +1,7 @@
 """A flipped bit anywhere is detected at load, and the message names the user and the revision."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from popax.errors import CatalogError, CorruptRevisionError
 from popax.store import Catalog
 from popax.store.database import Database
 from popax.store.records import BrokenRecordError, manifest_key, row_key, seal, unseal, user_key
+from popax.store.tree import Leaf, walk
 
 
 @pytest.fixture
@@ -73,22 +75,50 @@ def test_a_lost_manifest_is_named(database, place):
         Catalog.open(place).load("ada", 2)
 
 
-def test_flips_in_the_files_themselves_never_give_wrong_bytes(database, place, same, make_adapter):
+def test_two_hundred_flips_in_the_files_are_two_hundred_detections(database, place, same, make_adapter):
+    """One bit anywhere in a row or in a node with manifests: the load fails by name, or the bit was not the load's."""
     rng = random.Random(1)
-    files = sorted(path for path in place.rglob("*") if path.is_file() and path.stat().st_size)
-    seen = 0
-    for _ in range(60):
-        path = rng.choice(files)
+    wanted = [
+        (user, revision, first + revision - 1) for user, first in (("ada", 0), ("bob", 10)) for revision in (1, 2, 3)
+    ]
+    base, shard = database.base(0), place / "shard_00000"
+    reached = [(piece, node) for node in walk(base) for piece in (node.place, *_values(node))]
+    assert reached
+    detected = 0
+    for _ in range(200):
+        piece, _ = rng.choice(reached)
+        path = shard / piece.file
         good = path.read_bytes()
-        path.write_bytes(_flip(good, rng.randrange(len(good) * 8)))
-        for user, first in (("ada", 0), ("bob", 10)):
-            for revision in (1, 2, 3):
-                try:
-                    same(Catalog.open(place).load(user, revision)[0], make_adapter(first + revision - 1))
-                except CatalogError:
-                    seen += 1
+        path.write_bytes(_flip(good, piece.start * 8 + rng.randrange(piece.bytes * 8)))
+        failed = []
+        for user, revision, seed in wanted:
+            try:
+                same(Catalog.open(place).load(user, revision)[0], make_adapter(seed))
+            except CatalogError as error:
+                failed.append(str(error))
+        audit = _audit(place)
+        detected += bool(failed or audit)
         path.write_bytes(good)
-    assert seen
+        if not piece.file.startswith("h/"):
+            assert failed or audit, piece
+        if piece.file.startswith("v/") and piece.bytes == len(next(iter(make_adapter(0).values()))["a"].tobytes()) * 4:
+            # A row: exactly its own revision fails, and the message says which.
+            assert len(failed) == 1
+            assert re.search(r"'(ada|bob)'@[123]", failed[0])
+    history = sum(piece.file.startswith("h/") for piece, _ in reached)
+    assert detected >= 200 * (1 - history / len(reached)) - 30
+
+
+def _values(node):
+    return [piece for _, piece in node.values] if isinstance(node, Leaf) else []
+
+
+def _audit(place):
+    """Whether an audit of all that is there finds something, or cannot be made."""
+    try:
+        return not Catalog.open(place).verify().clean
+    except CatalogError:
+        return True
 
 
 def test_sealing():

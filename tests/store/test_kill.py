@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from popax.store import Catalog, RowLayout
+from popax.store import Catalog, Commit, RowLayout
 from popax.store.manifest import PROMOTIONS
 from tests.store.kill_child import adapter
 
@@ -132,6 +132,19 @@ def _files(place):
 def test_nothing_acknowledged_is_lost_and_nothing_is_half_there(place, config, specs):
     """Invariant 6 for the catalog: killed 15 times, it is what it would have been without."""
     _killed(place, config, specs, 15)
+
+
+def test_what_a_killed_writer_left_beside_the_manifest_is_not_taken_over(place, config, specs):
+    """A file longer than the next manifest, under the name that TensorStore writes to: seen after a kill."""
+    catalog = Catalog.open(place, create=True)
+    cohort = catalog.cohort(config, specs, "base", RowLayout.of(adapter(0)))
+    for left in (place / "shard_00000" / "manifest.ocdbt.__lock", place / "popax_catalog.json.__lock"):
+        left.write_bytes(b"x" * 100_000)
+    catalog.commit(cohort, "first", adapter(1))
+    staged = catalog.stage_batch(cohort, [Commit("second", adapter(2))], shard=1)
+    (place / "popax_catalog.json.__lock").write_bytes(b"x" * 100_000)
+    catalog.publish(cohort, staged, shards=2)
+    assert [record.user for record in Catalog.open(place).list()] == ["first", "second"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`popax users ...`: a catalog's users and their revisions."""
 
 NAME = "users"
-HELP = "A catalog's users: list, history, diff, tag, rollback, delete, verify, and more."
+HELP = "A catalog's users: list, history, diff, tag, rollback, delete, gc, verify, and more."
 EXAMPLE = "popax users list runs/irc/catalog --prefix a\n  popax users history runs/irc/catalog ada --json history.json"
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "prune": "popax.cli.users.prune",
     "tainted": "popax.cli.users.tainted",
     "verify": "popax.cli.users.verify",
+    "gc": "popax.cli.users.gc",
     "stat": "popax.cli.users.stat",
     "export": "popax.cli.users.export",
 }
