@@ -59,6 +59,10 @@ class StorageError(CatalogError):
     """The disk is full, or the store refused to write; nothing was committed."""
 
 
+class ResidencyTimeoutError(PopaxError):
+    """A request did not get its device slots in time: others hold them."""
+
+
 class PlanError(PopaxError):
     """A step cannot be compiled ahead of time: the compiler, or the process that runs it, gave up."""
 

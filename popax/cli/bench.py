@@ -9,5 +9,6 @@ COMMANDS = {
     "kernels": "popax.cli.bench_kernels",
     "load": "popax.cli.bench_load",
     "quantised": "popax.cli.bench_quantised",
+    "residency": "popax.cli.bench_residency",
     "train": "popax.cli.bench_train",
 }

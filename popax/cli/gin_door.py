@@ -50,6 +50,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.quantised:BenchQuantisedConfig",
     "popax.bench.load:BenchLoadConfig",
     "popax.bench.catalog.config:BenchCatalogConfig",
+    "popax.bench.residency:BenchResidencyConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

@@ -1,46 +1,38 @@
 """Adapters from the catalog to the slots of one batch: who is asked for, whether they fit together, how they stack."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from popax.adapters.apply import bind_slots
 from popax.adapters.cohort import Cohort
 from popax.errors import PopulationError
+from popax.residency import Request, Residency
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest
+from popax.store.pointers import LATEST, PROMOTED, Which
 from popax.types import NO_ADAPT, Adapt, AdapterState
 
 BASE_ONLY = "base"
 
 
-class Request(NamedTuple):
-    """Whose adapter a row wants; revision None is the latest, user None is the base alone."""
+def parse_request(text: str, catalog: Catalog, default: Which = None) -> Request:
+    """ "base", "user", or "user@" and a revision: a number, latest, promoted, or a tag of theirs.
 
-    user: str | None
-    revision: int | None = None
-
-
-class Pool(NamedTuple):
-    """Adapters stacked for `bind_slots`, and the revision in each slot."""
-
-    cohort: Cohort
-    shared: AdapterState
-    adapters: AdapterState
-    manifests: tuple[Manifest, ...]
-
-
-def parse_request(text: str, catalog: Catalog) -> Request:
-    """ "base", "user" or "user@revision". An id that itself ends in @digits is the user where the catalog has one."""
+    default: the revision of a user without one. An id that itself ends so is the user where the catalog has one.
+    """
     if text == BASE_ONLY:
         return Request(None)
     user, at, revision = text.rpartition("@")
-    if at and user and revision.isascii() and revision.isdigit() and not catalog.exists(text):
-        return Request(user, int(revision))
-    return Request(text)
+    if at and user and not catalog.exists(text):
+        if revision.isascii() and revision.isdigit():
+            return Request(user, int(revision))
+        [record] = catalog.records([user])
+        if record is not None and (revision in (LATEST, PROMOTED) or revision in record.tags):
+            return Request(user, revision)
+    return Request(text, default)
 
 
 def stack_slots(cohort: Cohort, adapters: Sequence[AdapterState]) -> AdapterState:
@@ -80,26 +72,30 @@ def check_one_cohort(manifests: Sequence[Manifest]) -> None:
             )
 
 
-def load_rows(catalog: Catalog, requests: Sequence[Request], base_digest: str) -> tuple[Pool | None, list[int]]:
-    """(the pool, the slot of each request), each revision loaded once; slot -1 is the base alone.
+def residency_for(catalog: Catalog, requests: Sequence[Request], base_digest: str) -> Residency | None:
+    """A residency with as many slots as these requests have adapters; None where all are for the base.
 
-    The pool is None where every request is for the base. Errors as `Catalog.load` and `one_cohort`.
+    Raises what `Catalog.load` does, and PopulationError where they are of several cohorts.
     """
-    wanted = list(dict.fromkeys(request for request in requests if request.user is not None))
-    if not wanted:
-        return None, [-1] * len(requests)
-    loaded = [catalog.load(str(request.user), request.revision, base_digest=base_digest) for request in wanted]
-    manifests = tuple(manifest for _, manifest in loaded)
-    cohort, shared = one_cohort(catalog, manifests)
-    pool = Pool(cohort, shared, stack_slots(cohort, [adapter for adapter, _ in loaded]), manifests)
-    return pool, [wanted.index(request) if request in wanted else -1 for request in requests]
+    named = list(dict.fromkeys(request for request in requests if request.user is not None))
+    if not named:
+        return None
+    asked = [(str(request.user), request.revision) for request in named]
+    manifests = catalog.resolve(asked, base_digest=base_digest)
+    check_one_cohort(manifests)
+    return Residency(catalog, catalog.cohort_of(manifests[0]), slots=len(named))
 
 
-def bind_rows(pool: Pool | None, slots: Sequence[int]) -> Adapt:
-    """What `generate` is given for a batch whose rows have these slots."""
-    if pool is None:
-        return NO_ADAPT
-    return bind_slots(pool.cohort, pool.adapters, pool.shared, jnp.asarray(slots, jnp.int32))
+@contextlib.contextmanager
+def leased(
+    residency: Residency | None, requests: Sequence[Request]
+) -> Iterator[tuple[Adapt, tuple[Manifest | None, ...]]]:
+    """(what `generate` is given, the manifest of each row, None for the base), held while the block runs."""
+    if residency is None:
+        yield NO_ADAPT, (None,) * len(requests)
+        return
+    with residency.lease(requests) as lease, residency.bound(lease) as adapt:
+        yield adapt, lease.manifests
 
 
 def _described(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 """Prompts in, text out: the tokenizer around a batch of mixed users."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,8 +8,9 @@ from jax.sharding import Mesh
 
 from popax.data.tokenize import Tokenizer
 from popax.modeling.base import Base
+from popax.residency import Request, Residency
 from popax.serving.generate import generate
-from popax.serving.pool import BASE_ONLY, Request, bind_rows, load_rows, parse_request
+from popax.serving.pool import BASE_ONLY, leased, parse_request, residency_for
 from popax.serving.sampling import Sampling
 from popax.store.catalog import Catalog
 
@@ -35,25 +37,30 @@ def generate_text(
     sampling: Sampling | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    residency: Residency | None = None,
 ) -> list[GeneratedText]:
     """One batch, a row for each user ("base", "user" or "user@revision") and prompt; row i samples with seed + i.
 
-    catalog: None where every row is the base's. mesh: as in `generate`. Errors as `load_rows` and `generate`.
+    catalog: None where every row is the base's. mesh: as in `generate`. residency: of this catalog, where its slots
+    outlast the call (default: slots for this call). Errors as `Residency.lease` and `generate`.
     """
     requests = [Request(None) if catalog is None else parse_request(user, catalog) for user in users]
-    pool, slots = (None, [-1] * len(users)) if catalog is None else load_rows(catalog, requests, base.digest)
-    rows = generate(
-        base.model,
-        base.params,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        adapt=bind_rows(pool, slots),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seeds=[(seed + row) % 2**32 for row in range(len(users))],
-        end_id=tokenizer.eos_id,
-        mesh=mesh,
-    )
-    manifests = [None if pool is None or slot < 0 else pool.manifests[slot] for slot in slots]
+    with contextlib.ExitStack() as stack:
+        if residency is None and catalog is not None:
+            residency = residency_for(catalog, requests, base.digest)
+            stack.callback(residency.close if residency else lambda: None)
+        adapt, manifests = stack.enter_context(leased(residency, requests))
+        rows = generate(
+            base.model,
+            base.params,
+            [encode_prompt(tokenizer, prompt) for prompt in prompts],
+            adapt=adapt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seeds=[(seed + row) % 2**32 for row in range(len(users))],
+            end_id=tokenizer.eos_id,
+            mesh=mesh,
+        )
     return [
         GeneratedText(
             name=manifest.name if manifest else BASE_ONLY,

@@ -181,8 +181,9 @@ class Catalog:
         self, users: Sequence[str], revision: Which = None, *, base_digest: str | None = None
     ) -> list[Loaded]:
         """One revision of each user, in their order, read in parallel. Errors as `load`."""
-        read = self._loader.rows([(user, revision) for user in users], base_digest)
-        return [(self.cohort_of(manifest).layout.unpack(row), manifest) for manifest, row in read]
+        manifests = self.resolve([(user, revision) for user in users], base_digest=base_digest)
+        rows = self.read_rows(manifests)
+        return [(self.cohort_of(one).layout.unpack(row), one) for one, row in zip(manifests, rows, strict=True)]
 
     def load_stacked(
         self, users: Sequence[str], revision: Which = None, *, base_digest: str | None = None
@@ -191,15 +192,20 @@ class Catalog:
 
         Raises PopulationError where the users are none or of several cohorts, else as `load`.
         """
-        read = self._loader.rows([(user, revision) for user in users], base_digest)
-        cohorts = {manifest.cohort for manifest, _ in read}
+        manifests = self.resolve([(user, revision) for user in users], base_digest=base_digest)
+        cohorts = {manifest.cohort for manifest in manifests}
         if len(cohorts) != 1:
             raise PopulationError(f"{len(users)} users of {len(cohorts)} cohorts do not stack: name users of one")
         layout = self._registry.known(cohorts.pop()).layout
-        rows_NxB = np.empty((len(read), layout.row_bytes), np.uint8)
-        for index, (_, row) in enumerate(read):
-            rows_NxB[index] = row
-        return layout.unpack(rows_NxB), [manifest for manifest, _ in read]
+        return layout.unpack(np.stack(self.read_rows(manifests))), manifests
+
+    def resolve(self, requests: Sequence[tuple[str, Which]], *, base_digest: str | None = None) -> list[Manifest]:
+        """The manifest of each (user, revision), read in parallel. Errors as `load`."""
+        return self._loader.resolve(requests, base_digest)
+
+    def read_rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:
+        """The packed rows of these revisions, uint8 [row_bytes], checked against their digests."""
+        return self._loader.rows(manifests)
 
     def load_optimizer(self, manifest: Manifest) -> dict[str, Any]:
         """The optimizer's state that was committed beside a revision. Raises RevisionNotFoundError where none was."""

@@ -26,10 +26,8 @@ class RevisionLoader:
     def __init__(self, database: Database, registry: CohortRegistry):
         self._database, self._registry = database, registry
 
-    def rows(
-        self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None
-    ) -> list[tuple[Manifest, np.ndarray]]:
-        """Each revision's manifest and row, uint8 [row_bytes].
+    def resolve(self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None) -> list[Manifest]:
+        """The manifest of each revision.
 
         Raises RevisionNotFoundError, CorruptRevisionError, and BaseMismatchError where base_digest is given and one was
         made for another base.
@@ -42,15 +40,17 @@ class RevisionLoader:
             wanted.append((record, resolve(record, which)))
         manifests = self.manifests(wanted)
         _check_bases(manifests, base_digest)
+        return manifests
+
+    def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:
+        """Each revision's row, uint8 [row_bytes]. Raises CorruptRevisionError."""
         begun = [start_row(self._database, manifest) for manifest in manifests]
         finish = functools.partial(finish_row, self._database)
         if sum(self._row_bytes(manifest) for manifest in manifests) < _PARALLEL_BYTES:
             await_all(begun)
-            rows = list(map(finish, manifests, begun))
-        else:
-            with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:
-                rows = list(threads.map(finish, manifests, begun))
-        return list(zip(manifests, rows, strict=True))
+            return list(map(finish, manifests, begun))
+        with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:
+            return list(threads.map(finish, manifests, begun))
 
     def manifests(self, wanted: Sequence[tuple[UserRecord, int]]) -> list[Manifest]:
         """The manifests of these revisions: each is in its user's record, or has been superseded."""

@@ -127,9 +127,9 @@ def test_a_damaged_revision_is_named(world, tmp_path, capsys):
 
 def test_the_road_to_its_end(world, tmp_path, capsys):
     """A trained user is listed, has a history, generates, and leaves as a PEFT directory."""
-    assert main(["users", world.catalog]) == 0
+    assert main(["users", "list", world.catalog]) == 0
     assert "u00@1" in capsys.readouterr().out
-    assert main(["users", world.catalog, "u00"]) == 0
+    assert main(["users", "history", world.catalog, "u00"]) == 0
     assert "validation_loss=" in capsys.readouterr().out
     rows = generate(world, tmp_path / "g.json", "--prompt", "ab", *flags("u00", "u01", "base"))
     assert [row["name"] for row in rows] == ["u00@1", "u01@1", "base"]

@@ -1,15 +1,19 @@
 """From the catalog to slots: who is asked for, whether they fit, where they stand."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popax.adapters.apply import bind_slots
 from popax.adapters.table import METHODS
 from popax.errors import BaseMismatchError, PopulationError, RevisionNotFoundError
+from popax.residency import Request
 from popax.serving.generate import generate
-from popax.serving.pool import Request, bind_rows, load_rows, parse_request, stack_slots
+from popax.serving.pool import leased, parse_request, residency_for, stack_slots
 from popax.store.catalog import Catalog
 from popax.store.layout import RowLayout
+from popax.types import NO_ADAPT
 
 DIGEST = "the-base"
 
@@ -37,34 +41,52 @@ def test_requests_are_read(catalog):
     assert parse_request("eve@3", catalog) == Request("eve@3")  # that is the user's id
     assert parse_request("eve@3@1", catalog) == Request("eve@3", 1)
     assert parse_request("a@b.org", catalog) == Request("a@b.org")
+    assert parse_request("u0@latest", catalog) == Request("u0", "latest")
+    assert parse_request("u0@promoted", catalog) == Request("u0", "promoted")
+    assert parse_request("u0@good", catalog) == Request("u0@good")  # no tag of theirs
+    catalog.tag("u0", "good", 1)
+    assert parse_request("u0@good", catalog) == Request("u0", "good")
+    assert parse_request("u0", catalog, "promoted") == Request("u0", "promoted")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_from_the_catalog_they_write_as_from_memory(catalog, model, params, users_of, method):
+    """Invariant 5: a batch of mixed users is each user alone, token for token."""
     users = users_of(method)
     names = ["u0@1", "u1"] if method == "lora" else [f"{method}-0", f"{method}-1"]
-    pool, slots = load_rows(catalog, [parse_request(n, catalog) for n in (*names, "base", names[0])], DIGEST)
-    assert slots == [0, 1, -1, 0]
-    assert [manifest.user for manifest in pool.manifests] == [name.partition("@")[0] for name in names]
-    jax.tree.map(np.testing.assert_array_equal, pool.adapters, stack_slots(users.cohort, users.adapters[:2]))
-    rows = generate(model, params, [[4, 5]] * 4, adapt=bind_rows(pool, slots), max_new_tokens=8)
+    requests = [parse_request(name, catalog) for name in (*names, "base", names[0])]
+    residency = residency_for(catalog, requests, DIGEST)
+    with residency, leased(residency, requests) as (adapt, manifests):
+        assert [one and one.user for one in manifests] == [name.partition("@")[0] for name in names] + [
+            None,
+            names[0].partition("@")[0],
+        ]
+        jax.tree.map(np.testing.assert_array_equal, residency.adapters, stack_slots(users.cohort, users.adapters[:2]))
+        rows = generate(model, params, [[4, 5]] * 4, adapt=adapt, max_new_tokens=8)
     assert rows[0].tokens.tolist() == rows[3].tokens.tolist()
+    for row, adapters in ((0, users.adapters[:1]), (1, users.adapters[1:2])):
+        alone = bind_slots(users.cohort, stack_slots(users.cohort, adapters), users.shared, jnp.zeros(1, jnp.int32))
+        assert (
+            rows[row].tokens.tolist()
+            == generate(model, params, [[4, 5]], adapt=alone, max_new_tokens=8)[0].tokens.tolist()
+        )
     assert rows[2].tokens.tolist() == generate(model, params, [[4, 5]], max_new_tokens=8)[0].tokens.tolist()
 
 
-def test_only_base_rows_need_no_pool(catalog):
-    pool, slots = load_rows(catalog, [Request(None), Request(None)], DIGEST)
-    assert pool is None
-    assert slots == [-1, -1]
+def test_only_base_rows_need_no_slots(catalog):
+    requests = [Request(None), Request(None)]
+    assert residency_for(catalog, requests, DIGEST) is None
+    with leased(None, requests) as (adapt, manifests):
+        assert (adapt, manifests) == (NO_ADAPT, (None, None))
 
 
 def test_who_does_not_fit_is_named(catalog, users_of):
     with pytest.raises(PopulationError, match=r"'u0'@2 \(lora rank 3\) and 'lora_xs-0'@1 \(lora_xs rank 3\)"):
-        load_rows(catalog, [Request("u0"), Request("lora_xs-0")], DIGEST)
+        residency_for(catalog, [Request("u0"), Request("lora_xs-0")], DIGEST)
     with pytest.raises(BaseMismatchError, match="other-base"):
-        load_rows(catalog, [Request("u0")], "other-base")
+        residency_for(catalog, [Request("u0")], "other-base")
     with pytest.raises(RevisionNotFoundError, match="no revision 9"):
-        load_rows(catalog, [Request("u0", 9)], DIGEST)
+        residency_for(catalog, [Request("u0", 9)], DIGEST)
     users = users_of("lora")
     with pytest.raises(PopulationError, match="no adapter"):
         stack_slots(users.cohort, [])

@@ -15,6 +15,7 @@ from popax.bench.host_memory import peak_resident_bytes
 from popax.errors import CatalogError
 from popax.modeling.config import ModelConfig
 from popax.store.catalog import Catalog
+from popax.store.commit import Commit
 from popax.store.extract import extract_to_peft
 from popax.store.statistics import directory_bytes
 
@@ -109,7 +110,7 @@ def one_history(place: Path, config: BenchCatalogConfig) -> Figures:
     row = cohort.layout.pack(adapter)
     for _ in range(manifest.revision, config.history_revisions):
         row[-1] ^= 1
-        catalog.commit(cohort, user, row, metrics={"steps": 200})
+        catalog.commit_batch(cohort, [Commit(user, row, metrics={"steps": 200})])
     times = []
     for _ in range(100):
         began = time.perf_counter()

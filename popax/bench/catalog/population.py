@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from popax.adapters.base import AdapterConfig
+from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
 from popax.bench.catalog.config import BenchCatalogConfig
 from popax.modeling.base import new_base
@@ -20,7 +20,7 @@ from popax.store.commit import Commit
 from popax.store.layout import RowLayout
 from popax.types import AdapterState
 
-SMALL_TARGETS = (r"layers\.attn\.q_proj", r"layers\.attn\.v_proj")
+SMALL_TARGETS = (TargetRule(pattern=r"layers\.attn\.[qv]_proj"),)
 LARGE = "large/"
 
 

@@ -1,0 +1,237 @@
+"""One cohort's residency: requests in, slots out; rows move between catalog, host and device behind it."""
+
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from popax.adapters.apply import bind_slots
+from popax.adapters.cohort import Cohort
+from popax.errors import PopulationError, ResidencyTimeoutError
+from popax.residency.counters import Counters
+from popax.residency.loader import Row, RowLoader
+from popax.residency.lru import HostTier
+from popax.residency.request import Key, Request
+from popax.residency.slab import Slab
+from popax.residency.table import SlotTable
+from popax.residency.write_back import WriteBack, Written
+from popax.store.catalog import Catalog
+from popax.store.cohort import StoredCohort
+from popax.store.commit import Commit
+from popax.store.manifest import Manifest
+from popax.types import Adapt, AdapterState
+
+HOST_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """Slots that stay as they are until it ends: one for each request, -1 for the base; the manifest of each."""
+
+    slots: tuple[int, ...]
+    manifests: tuple[Manifest | None, ...]
+
+
+class Residency:
+    """Device slots, a host tier, and the catalog below them, for the users of one cohort.
+
+    A name ("latest", "promoted", a tag) is looked up in the catalog for every lease, so nobody is answered with what a
+    user had before; bytes are kept by revision and digest. Safe between threads. `close` ends its threads.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cohort: StoredCohort,
+        *,
+        slots: int,
+        host_bytes: int = HOST_BYTES,
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        """slots: on the device; an update of them compiles nothing, from now on. sharding: of every slot array."""
+        if slots < 1:
+            raise PopulationError(f"{slots} device slots: at least 1")
+        self._catalog, self.stored = catalog, cohort
+        self.cohort = Cohort(cohort.config, tuple(cohort.specs.values()))
+        self._shared = jax.tree.map(jnp.asarray, catalog.shared(cohort))
+        self._slab = Slab(self.cohort, cohort.layout, slots, sharding)
+        self._slab_lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._table, self._host = SlotTable(slots), HostTier(host_bytes)
+        self._arriving: dict[Key, concurrent.futures.Future[None]] = {}
+        self._line: collections.deque[object] = collections.deque()
+        self._waits, self._wait_s = 0, 0.0
+        self._loader = RowLoader(catalog.read_rows, self._keep)
+        self._writer = WriteBack(catalog, cohort, self._keep)
+
+    def prefetch(self, requests: Sequence[Request]) -> None:
+        """Begin to bring these into the host tier; returns at once. What cannot be loaded is told by `lease`."""
+        for manifest in self._resolve(requests).values():
+            self._row(manifest)
+
+    @contextlib.contextmanager
+    def lease(self, requests: Sequence[Request], *, timeout_s: float | None = None) -> Iterator[Lease]:
+        """The slots of these requests, held while the block runs. Leases are served in the order in which they came;
+        all slots of one are taken together, so that two cannot wait for each other.
+
+        Raises PopulationError where they need more slots than there are, or belong to another cohort;
+        ResidencyTimeoutError where the slots are not free in time; and what `Catalog.load` raises, for a user of this
+        request only.
+        """
+        manifests = self._resolve(requests)
+        keys = {request: Key.of(manifest) for request, manifest in manifests.items()}
+        pinned = list(dict.fromkeys(keys.values()))
+        if len(pinned) > self._table.slots:
+            raise PopulationError(
+                f"{len(pinned)} adapters in one request, {self._table.slots} device slots: ask for fewer at once, or "
+                "make more slots"
+            )
+        missing = self._admit(pinned, timeout_s)
+        try:
+            self._fill(missing, {Key.of(manifest): manifest for manifest in manifests.values()})
+            for key in pinned:
+                self._await(key)
+            yield Lease(
+                tuple(self._table.slot(keys[request]) if request in keys else -1 for request in requests),
+                tuple(manifests.get(request) for request in requests),
+            )
+        finally:
+            with self._changed:
+                self._table.unpin(pinned)
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def bound(self, lease: Lease) -> Iterator[Adapt]:
+        """The lease's adapters, bound to its rows. Slots are not replaced while the block runs: the arrays are those
+        that an update would consume."""
+        with self._slab_lock:
+            yield bind_slots(self.cohort, self._slab.arrays, self._shared, jnp.asarray(lease.slots, jnp.int32))
+
+    @property
+    def adapters(self) -> AdapterState:
+        """What the slots hold now, [L, S, ...]: gone with the next update, so read it inside `bound`."""
+        return self._slab.arrays
+
+    def write_back(self, commit: Commit) -> Written:
+        """Commit a user's new revision behind the caller; once durable its row is in the host tier.
+
+        Waits while too much is unwritten. What the catalog refuses is told by the result, and by `flush`.
+        """
+        return self._writer.put(commit)
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is durable. Raises what the catalog refused."""
+        self._writer.flush()
+
+    def counters(self) -> Counters:
+        """What happened so far."""
+        with self._changed:
+            return Counters(
+                copy.copy(self._table.counters),
+                copy.copy(self._host.counters),
+                dataclasses.replace(self._loader.counters, written=self._writer.written),
+                self._waits,
+                self._wait_s,
+                self._slab.updates,
+            )
+
+    def close(self) -> None:
+        """Write what is unwritten and end the threads. Raises what the catalog refused."""
+        self._loader.close()
+        self._writer.close()
+
+    def __enter__(self) -> "Residency":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _resolve(self, requests: Sequence[Request]) -> dict[Request, Manifest]:
+        named = list(dict.fromkeys(request for request in requests if request.user is not None))
+        asked = [(str(request.user), request.revision) for request in named]
+        manifests = self._catalog.resolve(asked, base_digest=self.stored.base_digest)
+        for manifest in manifests:
+            if manifest.cohort != self.stored.id:
+                raise PopulationError(
+                    f"{manifest.shown} ({manifest.config['method']} rank {manifest.config['rank']}) is of cohort "
+                    f"{manifest.cohort}, these slots are for {self.stored.id} ({self.stored.config.method} rank "
+                    f"{self.stored.config.rank}): ask a residency of its cohort"
+                )
+        return dict(zip(named, manifests, strict=True))
+
+    def _admit(self, keys: list[Key], timeout_s: float | None) -> dict[Key, int]:
+        """Wait for this lease's turn and for its slots, and pin them; returns those that have to be written."""
+        ticket, wanted, began = object(), set(keys), time.monotonic()
+        with self._changed:
+            self._line.append(ticket)
+            try:
+                ready = lambda: self._line[0] is ticket and self._table.fits(wanted)  # noqa: E731
+                if not ready():
+                    self._waits += 1
+                    if not self._changed.wait_for(ready, timeout_s):
+                        raise ResidencyTimeoutError(
+                            f"{len(keys)} adapters did not get their slots in {timeout_s} s: {self._table.available} "
+                            f"of {self._table.slots} slots are free, {len(self._line) - 1} requests wait beside this "
+                            "one; make more slots, or admit fewer requests"
+                        )
+                    self._wait_s += time.monotonic() - began
+                missing = self._table.pin(keys)
+                for key in missing:
+                    self._arriving[key] = concurrent.futures.Future()
+                return missing
+            finally:
+                self._line.remove(ticket)
+                self._changed.notify_all()
+
+    def _fill(self, missing: dict[Key, int], manifests: dict[Key, Manifest]) -> None:
+        """Write the rows of those who were not resident. Who cannot be loaded gets no slot, and the first such error is
+        raised after the others have theirs."""
+        failed: dict[Key, BaseException] = {}
+        try:
+            asked = {key: self._row(manifests[key]) for key in missing}
+            rows: dict[Key, np.ndarray] = {}
+            for key, row in asked.items():
+                try:
+                    rows[key] = row if isinstance(row, np.ndarray) else row.result()
+                except Exception as error:
+                    failed[key] = error
+            with self._slab_lock:
+                self._slab.write([missing[key] for key in rows], list(rows.values()))
+            with self._changed:
+                self._table.counters.bytes_in += sum(row.nbytes for row in rows.values())
+                for key in rows:
+                    self._arriving.pop(key).set_result(None)
+        except BaseException as error:
+            failed |= {key: error for key in missing if key in self._arriving}
+            raise
+        finally:
+            with self._changed:
+                for key, error in failed.items():
+                    self._table.forget(key)
+                    self._arriving.pop(key).set_exception(error)
+        if failed:
+            raise next(iter(failed.values()))
+
+    def _await(self, key: Key) -> None:
+        """Wait for a row that another lease is bringing in. Raises what kept it from coming."""
+        with self._changed:
+            arriving = self._arriving.get(key)
+        if arriving is not None:
+            arriving.result()
+
+    def _row(self, manifest: Manifest) -> np.ndarray | Row:
+        with self._changed:
+            row = self._host.get(Key.of(manifest))
+        return self._loader.ask(manifest) if row is None else row
+
+    def _keep(self, key: Key, row: np.ndarray) -> None:
+        with self._changed:
+            self._host.put(key, row)

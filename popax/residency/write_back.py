@@ -1,0 +1,115 @@
+"""Committing new revisions behind whoever made them: durable before they can be forgotten."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from popax.errors import PopaxError
+from popax.residency.request import Key
+from popax.store.catalog import Catalog
+from popax.store.cohort import StoredCohort
+from popax.store.commit import Commit
+from popax.store.manifest import Manifest
+
+Written = concurrent.futures.Future[Manifest]
+UNWRITTEN_BYTES = 256 << 20
+
+
+class WriteBack:
+    """A thread that commits what has been handed over since it last looked, in one transaction.
+
+    A row is held here until its revision is durable. One refused commit does not hold back the others of its batch.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cohort: StoredCohort,
+        kept: Callable[[Key, np.ndarray], None],
+        *,
+        max_bytes: int = UNWRITTEN_BYTES,
+    ):
+        """kept(key, row): when a revision is durable."""
+        self.written = 0
+        self._catalog, self._cohort, self._kept, self._max_bytes = catalog, cohort, kept, max_bytes
+        self._changed = threading.Condition()
+        self._queue: collections.deque[tuple[Commit, np.ndarray, Written]] = collections.deque()
+        self._bytes = self._under_way = 0
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="popax-write-back", daemon=True)
+        self._thread.start()
+
+    def put(self, commit: Commit) -> Written:
+        """Hand over one revision; waits while `max_bytes` are unwritten. Raises PopulationError where the adapter does
+        not fit the cohort."""
+        row = self._cohort.layout.checked(commit.adapter)
+        result: Written = concurrent.futures.Future()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._bytes or self._bytes + row.nbytes <= self._max_bytes)
+            if self._closed:
+                raise RuntimeError("write-back is closed")
+            self._queue.append((dataclasses.replace(commit, adapter=row), row, result))
+            self._bytes += row.nbytes
+            self._changed.notify_all()
+        return result
+
+    def flush(self) -> None:
+        """Wait until all is durable. Raises the first thing that the catalog refused since the last flush."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and not self._under_way)
+            failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Flush, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+        self.flush()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                batch = self._next_batch()
+                self._under_way = len(batch)
+            self._commit(batch)
+            with self._changed:
+                self._under_way = 0
+                self._bytes -= sum(row.nbytes for _, row, _ in batch)
+                self._changed.notify_all()
+
+    def _next_batch(self) -> list[tuple[Commit, np.ndarray, Written]]:
+        """What is queued, up to a user's second revision, which builds on the first."""
+        batch, users = [], set()
+        while self._queue and self._queue[0][0].user not in users:
+            batch.append(self._queue.popleft())
+            users.add(batch[-1][0].user)
+        return batch
+
+    def _commit(self, batch: list[tuple[Commit, np.ndarray, Written]]) -> None:
+        try:
+            manifests = self._catalog.commit_batch(self._cohort, [commit for commit, _, _ in batch])
+        except Exception as error:
+            if len(batch) > 1 and isinstance(error, PopaxError):
+                for one in batch:
+                    self._commit([one])
+                return
+            for _, _, result in batch:
+                result.set_exception(error)
+            with self._changed:
+                self._failure = self._failure or error
+            return
+        for manifest, (_, row, result) in zip(manifests, batch, strict=True):
+            self._kept(Key.of(manifest), row)
+            self.written += 1
+            result.set_result(manifest)
