@@ -172,7 +172,7 @@ def simulated_hits(numbers: np.ndarray, slots: int, host_users: int) -> tuple[fl
 
 
 def _crowds(home: Path, config: BenchResidencyConfig, say: Say) -> Figures:
-    """Distinct cold users, each asked for by a thread of its own at one instant, over one batched read of as many
+    """Distinct cold users, asked for in one instant, until they are in their slots, over one batched read of as many
     others: the median of the ratio. A line of single reads would make it as long as the crowd."""
     figures: Figures = {}
     rng = np.random.default_rng([config.seed, 1])

@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,11 +24,11 @@ class RowLoader:
     def __init__(
         self,
         read: Callable[[Sequence[Manifest]], list[np.ndarray]],
-        arrived: Callable[[Key, np.ndarray], None],
+        arrived: Callable[[Mapping[Key, np.ndarray]], None],
         *,
         max_batch: int = 4096,
     ):
-        """read: `Catalog.read_rows`. arrived(key, row): before those who wait are told."""
+        """read: `Catalog.read_rows`. arrived(rows): before those who wait are told."""
         self.counters = CatalogCounters()
         self._read, self._arrived, self._max_batch = read, arrived, max_batch
         self._changed = threading.Condition()
@@ -38,20 +38,25 @@ class RowLoader:
         self._thread = threading.Thread(target=self._work, name="popax-resident", daemon=True)
         self._thread.start()
 
-    def ask(self, manifest: Manifest) -> Row:
-        """The row, in time. An error is told to all who wait for this row, and to no one else; the next who asks makes
-        a new attempt."""
-        key = Key.of(manifest)
+    def ask(self, manifests: Sequence[Manifest]) -> list[Row]:
+        """Their rows, in time; together, so that one batch can have them all.
+
+        An error is told to all who wait for that row, and to no one else; the next who asks makes a new attempt.
+        """
         with self._changed:
             if self._closed:
                 raise RuntimeError("the loader is closed")
-            if (promised := self._promised.get(key)) is not None:
-                self.counters.coalesced += 1
-                return promised
-            promised = self._promised[key] = concurrent.futures.Future()
-            self._waiting[key] = manifest
+            rows = [self._promise(Key.of(manifest), manifest) for manifest in manifests]
             self._changed.notify_all()
+            return rows
+
+    def _promise(self, key: Key, manifest: Manifest) -> Row:
+        if (promised := self._promised.get(key)) is not None:
+            self.counters.coalesced += 1
             return promised
+        promised = self._promised[key] = concurrent.futures.Future()
+        self._waiting[key] = manifest
+        return promised
 
     def close(self) -> None:
         """Finish what was asked for, and end the thread."""
@@ -76,20 +81,19 @@ class RowLoader:
             rows: list[np.ndarray | BaseException] = [*self._read(list(batch.values()))]
         except BaseException as error:
             rows = [self._alone(manifest) for manifest in batch.values()] if len(batch) > 1 else [error]
-        for key, row in zip(batch, rows, strict=True):
-            if not isinstance(row, BaseException):
-                self._arrived(key, row)
-            with self._changed:
-                promised = self._promised.pop(key)
-                if isinstance(row, BaseException):
-                    self.counters.failed += 1
-                else:
-                    self.counters.loads += 1
-                    self.counters.bytes_read += row.nbytes
-            if isinstance(row, BaseException):
-                promised.set_exception(row)
+        read = {key: row for key, row in zip(batch, rows, strict=True) if not isinstance(row, BaseException)}
+        self._arrived(read)
+        with self._changed:
+            promised = [(self._promised.pop(key), row) for key, row in zip(batch, rows, strict=True)]
+            self.counters.failed += len(batch) - len(read)
+            self.counters.loads += len(read)
+            self.counters.bytes_read += sum(row.nbytes for row in read.values())
+        # The last first: who waits for all of them, in their order, is woken once.
+        for row, value in reversed(promised):
+            if isinstance(value, BaseException):
+                row.set_exception(value)
             else:
-                promised.set_result(row)
+                row.set_result(value)
 
     def _alone(self, manifest: Manifest) -> np.ndarray | BaseException:
         """After a batch has failed: one broken revision must not be the others' error."""

@@ -66,10 +66,9 @@ class HostTier:
         self._shrink()
 
     def _shrink(self) -> None:
-        if self.bytes <= self.max_bytes:
-            return
-        for key in [key for key, entry in self._entries.items() if not entry.pins]:
-            self.bytes -= self._entries.pop(key).row.nbytes
-            self.counters.evictions += 1
-            if self.bytes <= self.max_bytes:
+        while self.bytes > self.max_bytes:
+            victim = next((key for key, entry in self._entries.items() if not entry.pins), None)
+            if victim is None:
                 return
+            self.bytes -= self._entries.pop(victim).row.nbytes
+            self.counters.evictions += 1

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,7 @@ class Residency:
 
     def prefetch(self, requests: Sequence[Request]) -> None:
         """Begin to bring these into the host tier; returns at once. What cannot be loaded is told by `lease`."""
-        for manifest in self._resolve(requests).values():
-            self._row(manifest)
+        self._rows(list(self._resolve(requests).values()))
 
     @contextlib.contextmanager
     def lease(self, requests: Sequence[Request], *, timeout_s: float | None = None) -> Iterator[Lease]:
@@ -196,7 +195,7 @@ class Residency:
         raised after the others have theirs."""
         failed: dict[Key, BaseException] = {}
         try:
-            asked = {key: self._row(manifests[key]) for key in missing}
+            asked = dict(zip(missing, self._rows([manifests[key] for key in missing]), strict=True))
             rows: dict[Key, np.ndarray] = {}
             for key, row in asked.items():
                 try:
@@ -227,11 +226,14 @@ class Residency:
         if arriving is not None:
             arriving.result()
 
-    def _row(self, manifest: Manifest) -> np.ndarray | Row:
+    def _rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray | Row]:
+        """Each row, or the promise of it."""
         with self._changed:
-            row = self._host.get(Key.of(manifest))
-        return self._loader.ask(manifest) if row is None else row
+            found: list[np.ndarray | Row | None] = [self._host.get(Key.of(manifest)) for manifest in manifests]
+        asked = iter(self._loader.ask([one for one, row in zip(manifests, found, strict=True) if row is None]))
+        return [next(asked) if row is None else row for row in found]
 
-    def _keep(self, key: Key, row: np.ndarray) -> None:
+    def _keep(self, rows: Mapping[Key, np.ndarray]) -> None:
         with self._changed:
-            self._host.put(key, row)
+            for key, row in rows.items():
+                self._host.put(key, row)

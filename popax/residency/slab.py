@@ -11,8 +11,9 @@ from popax.adapters.cohort import Cohort
 from popax.store.layout import RowLayout
 from popax.types import AdapterState
 
-# An update is compiled for so many slots, once each: what is more comes in several, what is less is filled up.
-CHUNKS = (1, 8, 64)
+# An update is compiled for so many slots, once each: what is more comes in several, what is less is filled up. Those
+# much larger than the slab are left out.
+CHUNKS = (1, 8, 64, 512)
 
 
 class Slab:
@@ -50,14 +51,14 @@ class Slab:
             }
 
         self._update = jax.jit(update, donate_argnums=0, out_shardings=shardings)
-        self._compiled = {chunk: self._compile(chunk) for chunk in CHUNKS}
+        self._compiled = {chunk: self._compile(chunk) for chunk in CHUNKS if chunk < 8 * slots or chunk == CHUNKS[0]}
 
     def write(self, slots: Sequence[int], rows: Sequence[np.ndarray]) -> None:
         """Put packed rows into these slots."""
         at = 0
         while at < len(slots):
             left = len(slots) - at
-            chunk = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
+            chunk = next((size for size in self._compiled if size >= left), max(self._compiled))
             count = min(chunk, left)
             slot_N = np.full(chunk, self.slots, np.int32)
             slot_N[:count] = slots[at : at + count]

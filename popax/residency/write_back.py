@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,11 +29,11 @@ class WriteBack:
         self,
         catalog: Catalog,
         cohort: StoredCohort,
-        kept: Callable[[Key, np.ndarray], None],
+        kept: Callable[[Mapping[Key, np.ndarray]], None],
         *,
         max_bytes: int = UNWRITTEN_BYTES,
     ):
-        """kept(key, row): when a revision is durable."""
+        """kept(rows): when their revisions are durable."""
         self.written = 0
         self._catalog, self._cohort, self._kept, self._max_bytes = catalog, cohort, kept, max_bytes
         self._changed = threading.Condition()
@@ -109,7 +109,7 @@ class WriteBack:
             with self._changed:
                 self._failure = self._failure or error
             return
-        for manifest, (_, row, result) in zip(manifests, batch, strict=True):
-            self._kept(Key.of(manifest), row)
-            self.written += 1
+        self._kept({Key.of(manifest): row for manifest, (_, row, _) in zip(manifests, batch, strict=True)})
+        self.written += len(batch)
+        for manifest, (_, _, result) in zip(manifests, batch, strict=True):
             result.set_result(manifest)

@@ -88,7 +88,7 @@ def test_an_update_writes_in_place():
 
     layout = RowLayout.of(COHORT.abstract())
     slab = Slab(COHORT, layout, 16)
-    for chunk in CHUNKS:
+    for chunk in CHUNKS[:3]:
         text = slab.compiled(chunk).as_text()
         aliases = text.split("input_output_alias=", 1)[1].split("\n", 1)[0]
         assert aliases.count("may-alias") + aliases.count("must-alias") == len(jax.tree.leaves(slab.arrays))
@@ -201,21 +201,21 @@ def test_leases_wait_their_turn(residency):
             order.append(name)
             inside.set()
 
+    def waiting(name, numbers, waits):
+        thread = threading.Thread(target=hold, args=(name, numbers))
+        thread.start()
+        while residency.counters().waits < waits:
+            time.sleep(0.001)
+        return thread
+
+    late = residency.lease(_requests(10, 11, 12), timeout_s=0.05)
     with residency.lease(_requests(*range(6))):
         with pytest.raises(ResidencyTimeoutError, match="2 of 8 slots are free, 0 requests wait beside"):
-            with residency.lease(_requests(10, 11, 12), timeout_s=0.05):
-                pass
-        big = threading.Thread(target=hold, args=("big", range(10, 14)))
-        big.start()
-        while residency.counters().waits < 2:
-            time.sleep(0.001)
-        small = threading.Thread(target=hold, args=("small", [20]))
-        small.start()
-        while residency.counters().waits < 3:
-            time.sleep(0.001)
+            late.__enter__()
+        threads = [waiting("big", range(10, 14), 2), waiting("small", [20], 3)]
         assert not inside.is_set()
-    big.join(10)
-    small.join(10)
+    for thread in threads:
+        thread.join(10)
     assert order[0] == "big"
     assert sorted(order) == ["big", "small"]
 
