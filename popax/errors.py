@@ -55,6 +55,10 @@ class CorruptRevisionError(CatalogError):
     """A stored row or manifest does not match its digest; names the user and the revision."""
 
 
+class GateError(CatalogError):
+    """A revision was not scored, or not well enough, to be promoted; it stays a candidate."""
+
+
 class StorageError(CatalogError):
     """The disk is full, or the store refused to write; nothing was committed."""
 

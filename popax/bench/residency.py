@@ -96,7 +96,11 @@ def _trace(home: Path, config: BenchResidencyConfig, say: Say) -> Figures:
         with residency.lease([Request(user_id(0))]) as lease:
             _slot_row(residency, layout, lease.slots[0])
         before = residency.counters()
-        jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+        def note(event: str, duration: float, **details: Any) -> None:
+            compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(note)
         began = time.perf_counter()
         for at, number in enumerate(numbers.tolist()):
             with residency.lease([Request(user_id(number))]) as lease:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from popax.cli.base import add_base, base_of
 from popax.cli.main import add_json, write_output
 from popax.cli.processes import add_processes, open_mesh
+from popax.cli.users.shared import which
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -26,7 +27,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--user",
         action="append",
         metavar="WHO",
-        help="a user (latest revision), user@N, or base for no adapter; repeatable, a row of the batch each",
+        help="a user, user@REVISION (a number, latest, promoted, a tag), or base; repeatable, a row of the batch each",
+    )
+    parser.add_argument(
+        "--revision",
+        default="promoted",
+        metavar="WHICH",
+        help="of users named without one: promoted (default), latest, or a tag",
     )
     parser.add_argument(
         "--prompt", action="append", required=True, metavar="TEXT", help="one for all users, or repeated: one each"
@@ -71,6 +78,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
         sampling=sampling,
         seed=args.seed,
         mesh=mesh,
+        revision=which(args.revision),
     )
     if not ProcessGroup.current().leads:
         return 0

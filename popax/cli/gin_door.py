@@ -46,6 +46,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.training.config:TrainConfig",
     "popax.training.pretrain:PretrainConfig",
     "popax.evaluation.columns:EvalConfig",
+    "popax.evaluation.gate:GateConfig",
     "popax.serving.sampling:Sampling",
     "popax.bench.quantised:BenchQuantisedConfig",
     "popax.bench.load:BenchLoadConfig",

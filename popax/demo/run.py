@@ -18,6 +18,7 @@ from popax.modeling.base import Base, load_base
 from popax.serving.text import GeneratedText, generate_text
 from popax.store.catalog import Catalog
 from popax.store.extract import extract_to_peft
+from popax.store.pointers import LATEST
 from popax.training.base_run import pretrain_base
 from popax.training.console import step_bar
 from popax.training.pretrain import PretrainHooks
@@ -131,7 +132,14 @@ def write_texts(
     """The same prompt continued by the base and by these users, in one batch."""
     rows = ["base", *users]
     return generate_text(
-        base, tokenizer, catalog, rows, [PROMPT] * len(rows), max_new_tokens=config.new_tokens, seed=config.seed
+        base,
+        tokenizer,
+        catalog,
+        rows,
+        [PROMPT] * len(rows),
+        max_new_tokens=config.new_tokens,
+        seed=config.seed,
+        revision=LATEST,  # just trained, and shown as it is: no gate has seen it
     )
 
 

@@ -13,6 +13,7 @@ from popax.serving.generate import generate
 from popax.serving.pool import BASE_ONLY, leased, parse_request, residency_for
 from popax.serving.sampling import Sampling
 from popax.store.catalog import Catalog
+from popax.store.pointers import PROMOTED, Which
 
 
 class GeneratedText(NamedTuple):
@@ -37,14 +38,17 @@ def generate_text(
     sampling: Sampling | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
+    revision: Which = PROMOTED,
     residency: Residency | None = None,
 ) -> list[GeneratedText]:
     """One batch, a row for each user ("base", "user" or "user@revision") and prompt; row i samples with seed + i.
 
+    revision: of a user who is named without one: by default the one that was promoted, what else there is being a
+    candidate.
     catalog: None where every row is the base's. mesh: as in `generate`. residency: of this catalog, where its slots
     outlast the call (default: slots for this call). Errors as `Residency.lease` and `generate`.
     """
-    requests = [Request(None) if catalog is None else parse_request(user, catalog) for user in users]
+    requests = [Request(None) if catalog is None else parse_request(user, catalog, revision) for user in users]
     with contextlib.ExitStack() as stack:
         if residency is None and catalog is not None:
             residency = residency_for(catalog, requests, base.digest)

@@ -24,6 +24,7 @@ from popax.store.optimizer import read_optimizer
 from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
 from popax.store.registry import CohortRegistry
+from popax.store.scores import Scores, put_scores, read_scores
 from popax.store.verify import Audit, verify
 from popax.store.writer import publish, stage, write
 from popax.types import AdapterState
@@ -236,6 +237,15 @@ class Catalog:
     def rollback(self, user: str, revision: Which = None) -> UserRecord:
         """Make serving follow the revision that it followed before, or an earlier promoted one."""
         return self._pointer(pointers.rollback, user, revision)
+
+    def scores(self, manifests: Sequence[Manifest]) -> Sequence[Scores | None]:
+        """How each of these revisions was scored last; None where its bytes never were."""
+        return read_scores(self._database, manifests)
+
+    def record_scores(self, entries: Sequence[tuple[Manifest, Scores]]) -> None:
+        """Keep scores beside their revisions; see `scores.put_scores`."""
+        self._writable("record scores")
+        put_scores(self._database, entries)
 
     def delete(self, user: str) -> Deletion:
         """Remove every revision of the user, and all that names it; says what else was derived from it.

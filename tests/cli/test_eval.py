@@ -1,10 +1,12 @@
 """`popax eval`: the table of a finished run, again and from the catalog alone."""
 
 import json
+import shutil
 
 import pytest
 
 from popax.cli.main import main
+from popax.store import Catalog
 
 
 def arguments(world, *more, catalog=None, data=None):
@@ -33,6 +35,40 @@ def test_without_a_shared_adapter_its_column_is_empty(world, tmp_path, capsys):
     assert [row["user"] for row in report["rows"]] == ["u01", "u03"]
     assert all(row["shared"] is None for row in report["rows"])
     assert report["figures"]["own_beats_shared"] is None
+
+
+def test_scores_are_recorded_and_the_gate_decides(world, tmp_path, capsys):
+    """The four-column table's own numbers, kept beside the revisions; serving follows those that pass."""
+    catalog, path = tmp_path / "catalog", tmp_path / "scores.json"
+    shutil.copytree(world.catalog, catalog)
+    table = {row["user"]: row for row in json.loads(world.report.read_text())["rows"]}
+    retention = ["--retention", world.data, "--retention_rows", "8"]
+    assert main(arguments(world, "--record", *retention, "--json", str(path), catalog=catalog)) == 0
+    assert "u00@1: scored" in capsys.readouterr().out
+    opened = Catalog.open(catalog)
+    manifests = [opened.load(user)[1] for user in table]
+    for manifest, scores in zip(manifests, opened.scores(manifests), strict=True):
+        assert scores.own == pytest.approx(table[manifest.user]["own"], rel=1e-6)
+        assert scores.base == pytest.approx(table[manifest.user]["base"], rel=1e-6)
+        assert scores.digest == manifest.digest
+        assert scores.data == manifest.provenance["data"]
+        assert scores.retention_data["rows"] == 8
+        assert scores.retention_loss is not None
+        assert 0 < scores.norm < 5
+    assert opened.list(status="promoted") == []
+    best = max(scores.gain for scores in opened.scores(manifests))
+    gate = ["--gin_param", f"GateConfig.min_gain={best - 1e-9}", "--gin_param", "GateConfig.max_norm=9.0"]
+    gate += ["--gin_param", "GateConfig.max_retention_loss=99.0", "--gin_param", "GateConfig.min_bytes=1"]
+    assert main(arguments(world, "--promote", *retention, *gate, "--json", str(path), catalog=catalog)) == 0
+    report = json.loads(path.read_text())
+    assert (report["figures"]["scored"], report["figures"]["promoted"]) == (len(table), 1)
+    [served] = [record.user for record in Catalog.open(catalog).list(status="promoted")]
+    assert [row["user"] for row in report["rows"] if row["passed"]] == [served]
+    assert "candidate (gain" in capsys.readouterr().out
+    other = next(user for user in table if user != served)
+    assert main(["users", "promote", str(catalog), other, *gate]) == 2
+    assert "stays a candidate" in capsys.readouterr().err
+    assert main(["users", "promote", str(catalog), served, *gate]) == 0
 
 
 def test_what_is_wrong_is_one_line(world, tmp_path, capsys):

@@ -17,6 +17,7 @@ from popax.store.layout import RowLayout
 
 def generate(world, path, *more, catalog=None):
     arguments = ["generate", "--base", world.base, "--catalog", str(catalog or world.catalog), "--json", str(path)]
+    arguments += ["--revision", "latest"]
     code = main([*arguments, "--max_new_tokens", "6", *more])
     return json.loads(path.read_text()) if code == 0 else code
 
@@ -107,8 +108,15 @@ def test_a_user_without_a_catalog_and_an_adapter_of_another_base_are_refused(wor
     assert main(world.pretrain(tmp_path / "other", "--gin_param", "PretrainConfig.steps=3")) == 0
     capsys.readouterr()
     base = str(tmp_path / "other" / "base")
-    assert main(["generate", "--base", base, "--catalog", str(loud), "--prompt", "a", "--user", "ada"]) == 2
+    assert main(["generate", "--base", base, "--catalog", str(loud), "--prompt", "a", "--user", "ada@latest"]) == 2
     assert "was made for the base" in capsys.readouterr().err
+
+
+def test_a_candidate_is_not_served_unless_it_is_asked_for(world, loud, capsys):
+    arguments = ["generate", "--base", world.base, "--catalog", str(loud), "--prompt", "a", "--max_new_tokens", "4"]
+    assert main([*arguments, "--user", "ada"]) == 2
+    assert "'ada' has no promoted revision" in capsys.readouterr().err
+    assert main([*arguments, "--user", "ada@latest"]) == 0
 
 
 def test_a_damaged_revision_is_named(world, tmp_path, capsys):

@@ -8,7 +8,7 @@ from popax.cli.main import main
 
 
 def generate(world, path, *more):
-    arguments = ["generate", "--base", world.base, "--catalog", world.catalog, "--prompt", "ab", "--user", "u00"]
+    arguments = ["generate", "--base", world.base, "--catalog", world.catalog, "--prompt", "ab", "--user", "u00@latest"]
     code = main([*arguments, "--max_new_tokens", "4", "--json", str(path), *more])
     return json.loads(path.read_text()) if code == 0 else code
 

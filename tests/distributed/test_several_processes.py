@@ -83,7 +83,7 @@ def test_extraction_reads_what_two_processes_wrote(together, straight):
 def test_invariant_5_two_processes_generate_what_one_device_does(world, together):
     rows = ["u00", "base", "u07", "u13", "u21", "u03", "base", "u10"]
     command = ["generate", "--base", str(world.base), "--catalog", str(together / "catalog"), "--prompt", "ab"]
-    command += [part for row in rows for part in ("--user", row)] + ["--max_new_tokens", "8"]
+    command += [part for row in rows for part in ("--user", row)] + ["--max_new_tokens", "8", "--revision", "latest"]
     many, one = world.folder / "many.json", world.folder / "one.json"
     world.run(*command, "--json", str(many), "--mesh", "population=4,fsdp=2")
     assert main([*command, "--json", str(one)]) == 0

@@ -1,7 +1,7 @@
 """`popax users ...`: a catalog's users and their revisions."""
 
 NAME = "users"
-HELP = "A catalog's users: list, history, diff, tag, rollback, delete, gc, verify, and more."
+HELP = "A catalog's users: list, history, diff, tag, promote, rollback, delete, gc, verify, and more."
 EXAMPLE = "popax users list runs/irc/catalog --prefix a\n  popax users history runs/irc/catalog ada --json history.json"
 
 COMMANDS = {
@@ -9,6 +9,7 @@ COMMANDS = {
     "history": "popax.cli.users.history",
     "diff": "popax.cli.users.diff",
     "tag": "popax.cli.users.tag",
+    "promote": "popax.cli.users.promote",
     "rollback": "popax.cli.users.rollback",
     "delete": "popax.cli.users.delete",
     "prune": "popax.cli.users.prune",
