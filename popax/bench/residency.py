@@ -68,8 +68,8 @@ def bench_residency(
 
 
 def _build(home: Path, model: ModelConfig, config: BenchResidencyConfig, say: Say) -> None:
-    catalog = Catalog.open(home, create=True)
-    bench = register(catalog, model, BenchCatalogConfig(users=max(config.users, 1024)))
+    bench = register(home, model, BenchCatalogConfig(users=max(config.users, 1024)))
+    catalog = bench.catalog
     order = bulk_order(config.users)
     if catalog.exists(user_id(int(order[-1]))):
         return
@@ -97,7 +97,7 @@ def _trace(home: Path, config: BenchResidencyConfig, say: Say) -> Figures:
             _slot_row(residency, layout, lease.slots[0])
         before = residency.counters()
 
-        def note(event: str, duration: float, **details: Any) -> None:
+        def note(event: str, duration_secs: float, **details: Any) -> None:
             compiled.append(event)
 
         jax.monitoring.register_event_duration_secs_listener(note)

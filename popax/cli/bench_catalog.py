@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--place", metavar="DIRECTORY", help="keep the catalog there; an interrupted build goes on (default: temporary)"
     )
-    parser.add_argument("--picture", metavar="PATH", help="write a PNG of the single loads and the ways of storing")
+    parser.add_argument("--picture", metavar="PATH", help="write a PNG of the figures beside what was asked for")
     add_json(parser)
 
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     share_arenas()
     from popax.bench.catalog.config import BenchCatalogConfig
+    from popax.bench.catalog.picture import draw_catalog
     from popax.bench.catalog.run import bench_catalog
     from popax.bench.report import write_report
     from popax.modeling.config import ModelConfig
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
             )
         )
+    if args.picture:
+        draw_catalog(figures, rows, args.picture)
     if args.json:
         config_record = {"model": model, "bench": config}
         write_report(args.json, name="bench catalog", config=config_record, figures=figures, rows=rows)

@@ -1,5 +1,6 @@
 """Reading users, manifests and rows, many in parallel, each checked against its digest."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ import tensorstore as ts
 from popax.errors import CatalogError, CorruptRevisionError
 from popax.store.cohort import StoredCohort
 from popax.store.database import Database, is_gone, is_refused, storage_error, storage_errors
-from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.records import BrokenRecordError, manifest_key, row_key, shown, unseal, user_key
 
@@ -47,8 +47,7 @@ def read_users(database: Database, transaction: ts.Transaction | None, users: Se
     await_all(futures)
     found = []
     for user, future in zip(users, futures, strict=True):
-        what = lambda user=user: f"the record of user {shown(user)}"  # noqa: E731
-        record = _unsealed(database, store, user_key(user), future, what)
+        record = _unsealed(database, store, user_key(user), future, _of_user, user)
         if record is not None and record["user"] != user:
             raise _corrupt(f"the record of user {shown(user)}", f"it is the record of user {shown(record['user'])}")
         found.append(None if record is None else UserRecord.from_stored(record))
@@ -74,8 +73,7 @@ def read_manifests(
     futures = [store.read(manifest_key(user, revision)) for user, revision in requests]
     found = []
     for (user, revision), future in zip(requests, futures, strict=True):
-        what = lambda user=user, revision=revision: f"the manifest of {shown(user)}@{revision}"  # noqa: E731
-        record = _unsealed(database, store, manifest_key(user, revision), future, what)
+        record = _unsealed(database, store, manifest_key(user, revision), future, _of_revision, user, revision)
         found.append(None if record is None else _as_manifest(record, user, revision, cohort_of))
     return found
 
@@ -106,10 +104,10 @@ def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.
         if is_refused(error):
             raise storage_error(database.place, error) from error
         raise _corrupt(f"the row of {manifest.shown}", error) from error
-    row = np.frombuffer(result.value, np.uint8)
-    if row_digest(row) != manifest.digest:
+    value = result.value
+    if hashlib.sha256(value).hexdigest() != manifest.digest:  # `row_digest` of it
         raise _corrupt(f"the row of {manifest.shown}", f"row {manifest.row} does not have digest {manifest.digest}")
-    return row
+    return np.frombuffer(value, np.uint8)
 
 
 def await_all(futures: Sequence[ts.Future]) -> None:
@@ -154,8 +152,7 @@ def records_at(
         futures = [database.kvstore.read(key) for key in some]
         for key, future in zip(some, futures, strict=True):
             try:
-                what = lambda key=key: f"the user record {key!r}"  # noqa: E731
-                record = _unsealed(database, database.kvstore, key, future, what)
+                record = _unsealed(database, database.kvstore, key, future, "the user record {!r}".format, key)
                 if record is not None and user_key(record["user"]) != key:
                     raise _corrupt(f"the user record {key!r}", f"it is the record of user {shown(record['user'])}")
                 yield key, None if record is None else UserRecord.from_stored(record)
@@ -169,8 +166,9 @@ def chunks(keys: Sequence[str], size: int = AT_A_TIME) -> Iterable[Sequence[str]
 
 
 def _unsealed(
-    database: Database, store: ts.KvStore, key: str, future: ts.Future, what: Callable[[], str]
+    database: Database, store: ts.KvStore, key: str, future: ts.Future, what: Callable[..., str], *named: Any
 ) -> dict[str, Any] | None:
+    """The record, None where there is none; what(*named): how an error calls it."""
     try:
         result = settled(store, key, future)
         return unseal(result.value) if result.state == "value" else None
@@ -179,7 +177,7 @@ def _unsealed(
     except (ValueError, OSError) as error:
         if not isinstance(error, BrokenRecordError) and is_refused(error):
             raise storage_error(database.place, error) from error
-        raise _corrupt(what(), error) from error
+        raise _corrupt(what(*named), error) from error
 
 
 def _as_manifest(record: Mapping[str, Any], user: str, revision: int, cohort_of: Cohorts) -> Manifest | None:
@@ -190,6 +188,14 @@ def _as_manifest(record: Mapping[str, Any], user: str, revision: int, cohort_of:
     if cohort is None:
         return None
     return Manifest.from_dict({**record, "config": cohort.config_record, "base_digest": cohort.base_digest})
+
+
+def _of_user(user: str) -> str:
+    return f"the record of user {shown(user)}"
+
+
+def _of_revision(user: str, revision: int) -> str:
+    return f"the manifest of {shown(user)}@{revision}"
 
 
 def _corrupt(what: str, why: object) -> CorruptRevisionError:

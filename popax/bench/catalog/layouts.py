@@ -23,7 +23,7 @@ REPEATS = 3
 def layouts(place: Path, model: ModelConfig, config: BenchCatalogConfig, scratch: Path) -> Iterator[dict[str, Any]]:
     """A row for each number of users and way of storing: files, bytes, milliseconds to load them all (the median of
     REPEATS, files in the page cache, each time opened anew)."""
-    bench = register(Catalog.open(place, read_only=True), model, config)
+    bench = register(place, model, config)
     for count in config.layouts:
         users = [LARGE + user_id(number) for number in range(count)]
         adapters = [adapter for adapter, _ in bench.catalog.load_batch(users)]

@@ -27,7 +27,7 @@ IO = Path("/proc/self/io")
 
 def build(place: Path, model: ModelConfig, config: BenchCatalogConfig, say: Say) -> Figures:
     """Commit all users, or those that an interrupted build has left. The rate is that of the small rows."""
-    bench = register(Catalog.open(place, create=True), model, config)
+    bench = register(place, model, config)
     say(f"rows of {bench.small.layout.row_bytes:,} and {bench.large.layout.row_bytes:,} bytes in {place}")
     order = bulk_order(config.users)
     settle()

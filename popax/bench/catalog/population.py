@@ -1,8 +1,11 @@
 """The users of the catalog's benchmark: ids in bulk order, small and large rows, each marked with its user's number."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,21 +36,42 @@ class Benchmarked:
     large: StoredCohort
 
 
-def register(catalog: Catalog, model: ModelConfig, config: BenchCatalogConfig) -> Benchmarked:
-    """Both cohorts, for a base of random weights. The shared basis is that base's own."""
-    net = Model(model)
+def register(place: Path, model: ModelConfig, config: BenchCatalogConfig) -> Benchmarked:
+    """Both cohorts, for a base of random weights, in a catalog that is made where there is none.
+
+    A process of its own does it, as a run that trained them would have: the base, its decomposition and the compiler's
+    memory are not part of what is measured.
+    """
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        digest = child.submit(_register, place, model, config).result()
+    catalog = Catalog.open(place)
+    small, large = (_found(catalog, Model(model), adapter, digest) for adapter in _adapters(config))
+    assert small is not None
+    assert large is not None
+    return Benchmarked(catalog, small, large)
+
+
+def _adapters(config: BenchCatalogConfig) -> tuple[AdapterConfig, AdapterConfig]:
+    small = AdapterConfig(method="lora_xs", rank=config.rank, targets=SMALL_TARGETS)
+    return small, AdapterConfig(method="lora", rank=config.rank)
+
+
+def _found(catalog: Catalog, model: Model, adapter: AdapterConfig, digest: str) -> StoredCohort | None:
+    layout = RowLayout.of(Cohort.of(adapter, model.sites()).abstract())
+    return catalog.find_cohort(adapter, digest, layout)
+
+
+def _register(place: Path, model: ModelConfig, config: BenchCatalogConfig) -> str:
+    """The base's digest. The shared basis of the small cohort is that base's own."""
+    catalog, net = Catalog.open(place, create=True), Model(model)
     base = new_base(net, net.init(jax.random.key(config.seed)), source="random weights")
-
-    def stored(adapter: AdapterConfig) -> StoredCohort:
-        cohort = Cohort.of(adapter, net.sites())
-        layout = RowLayout.of(cohort.abstract())
-        if (known := catalog.find_cohort(adapter, base.digest, layout)) is not None:
-            return known
-        shared = jax.tree.map(np.asarray, cohort.shared(lambda site: net.site_weight(base.params, site)))
-        return catalog.cohort(adapter, cohort.specs, base.digest, layout, shared)
-
-    small = stored(AdapterConfig(method="lora_xs", rank=config.rank, targets=SMALL_TARGETS))
-    return Benchmarked(catalog, small, stored(AdapterConfig(method="lora", rank=config.rank)))
+    for adapter in _adapters(config):
+        if _found(catalog, net, adapter, base.digest) is None:
+            cohort = Cohort.of(adapter, net.sites())
+            shared = jax.tree.map(np.asarray, cohort.shared(lambda site: net.site_weight(base.params, site)))
+            layout = RowLayout.of(cohort.abstract())
+            catalog.cohort(adapter, cohort.specs, base.digest, layout, shared or None)
+    return base.digest
 
 
 def user_id(number: int) -> str:
