@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from popax.errors import PopaxError
 from popax.residency.counters import CatalogCounters
 from popax.residency.request import Key
 from popax.store.manifest import Manifest
@@ -77,10 +76,7 @@ class RowLoader:
             self._settle(batch)
 
     def _settle(self, batch: dict[Key, Manifest]) -> None:
-        try:
-            rows: list[np.ndarray | BaseException] = [*self._read(list(batch.values()))]
-        except BaseException as error:
-            rows = [self._alone(manifest) for manifest in batch.values()] if len(batch) > 1 else [error]
+        rows = self._read_apart(list(batch.values()))
         read = {key: row for key, row in zip(batch, rows, strict=True) if not isinstance(row, BaseException)}
         self._arrived(read)
         with self._changed:
@@ -95,9 +91,13 @@ class RowLoader:
             else:
                 row.set_result(value)
 
-    def _alone(self, manifest: Manifest) -> np.ndarray | BaseException:
-        """After a batch has failed: one broken revision must not be the others' error."""
+    def _read_apart(self, manifests: list[Manifest]) -> list[np.ndarray | BaseException]:
+        """The rows, or what kept each from being read: a batch that fails is halved until the broken ones stand alone,
+        so that they are nobody else's error and cost the others a few reads."""
         try:
-            return self._read([manifest])[0]
-        except (PopaxError, OSError, ValueError) as error:
-            return error
+            return [*self._read(manifests)]
+        except BaseException as error:
+            if len(manifests) == 1:
+                return [error]
+        middle = len(manifests) // 2
+        return [*self._read_apart(manifests[:middle]), *self._read_apart(manifests[middle:])]

@@ -30,6 +30,7 @@ from popax.store.manifest import Manifest
 from popax.types import Adapt, AdapterState
 
 HOST_BYTES = 256 << 20
+Arrival = concurrent.futures.Future[None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +67,18 @@ class Residency:
         self._slab_lock = threading.RLock()
         self._changed = threading.Condition()
         self._table, self._host = SlotTable(slots), HostTier(host_bytes)
-        self._arriving: dict[Key, concurrent.futures.Future[None]] = {}
+        self._arriving: dict[Key, Arrival] = {}
         self._line: collections.deque[object] = collections.deque()
         self._waits, self._wait_s = 0, 0.0
         self._loader = RowLoader(catalog.read_rows, self._keep)
         self._writer = WriteBack(catalog, cohort, self._keep)
 
     def prefetch(self, requests: Sequence[Request]) -> None:
-        """Begin to bring these into the host tier; returns at once. What cannot be loaded is told by `lease`."""
-        self._rows(list(self._resolve(requests).values()))
+        """Begin to bring those without a slot into the host tier; returns at once. `lease` tells what cannot load."""
+        manifests = self._resolve(requests).values()
+        with self._changed:
+            absent = [manifest for manifest in manifests if Key.of(manifest) not in self._table]
+        self._rows(absent)
 
     @contextlib.contextmanager
     def lease(self, requests: Sequence[Request], *, timeout_s: float | None = None) -> Iterator[Lease]:
@@ -93,11 +97,11 @@ class Residency:
                 f"{len(pinned)} adapters in one request, {self._table.slots} device slots: ask for fewer at once, or "
                 "make more slots"
             )
-        missing = self._admit(pinned, timeout_s)
+        missing, arriving = self._admit(pinned, timeout_s)
         try:
             self._fill(missing, {Key.of(manifest): manifest for manifest in manifests.values()})
-            for key in pinned:
-                self._await(key)
+            for arrival in arriving:
+                arrival.result()
             yield Lease(
                 tuple(self._table.slot(keys[request]) if request in keys else -1 for request in requests),
                 tuple(manifests.get(request) for request in requests),
@@ -166,8 +170,9 @@ class Residency:
                 )
         return dict(zip(named, manifests, strict=True))
 
-    def _admit(self, keys: list[Key], timeout_s: float | None) -> dict[Key, int]:
-        """Wait for this lease's turn and for its slots, and pin them; returns those that have to be written."""
+    def _admit(self, keys: list[Key], timeout_s: float | None) -> tuple[dict[Key, int], list[Arrival]]:
+        """Wait for this lease's turn and for its slots, and pin them; returns those that have to be written, and the
+        arrivals of those that other leases are writing. Whoever is pinned here is in its slot once these have come."""
         ticket, wanted, began = object(), set(keys), time.monotonic()
         with self._changed:
             self._line.append(ticket)
@@ -182,10 +187,12 @@ class Residency:
                             "one; make more slots, or admit fewer requests"
                         )
                     self._wait_s += time.monotonic() - began
+                # Taken in this instant: an arrival that fails later is gone from the table, with its slot.
+                arriving = [self._arriving[key] for key in keys if key in self._arriving]
                 missing = self._table.pin(keys)
                 for key in missing:
                     self._arriving[key] = concurrent.futures.Future()
-                return missing
+                return missing, arriving
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
@@ -219,18 +226,12 @@ class Residency:
         if failed:
             raise next(iter(failed.values()))
 
-    def _await(self, key: Key) -> None:
-        """Wait for a row that another lease is bringing in. Raises what kept it from coming."""
-        with self._changed:
-            arriving = self._arriving.get(key)
-        if arriving is not None:
-            arriving.result()
-
     def _rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray | Row]:
         """Each row, or the promise of it."""
         with self._changed:
             found: list[np.ndarray | Row | None] = [self._host.get(Key.of(manifest)) for manifest in manifests]
-        asked = iter(self._loader.ask([one for one, row in zip(manifests, found, strict=True) if row is None]))
+            # Under the lock that arriving rows need: what is not in the tier now is not yet told, and shared.
+            asked = iter(self._loader.ask([one for one, row in zip(manifests, found, strict=True) if row is None]))
         return [next(asked) if row is None else row for row in found]
 
     def _keep(self, rows: Mapping[Key, np.ndarray]) -> None:
