@@ -16,6 +16,7 @@ from popax.errors import (
     PopulationError,
     ResidencyTimeoutError,
     RevisionNotFoundError,
+    StorageError,
 )
 from popax.residency import Request, Residency
 from popax.residency.slab import CHUNKS, Slab
@@ -345,3 +346,28 @@ def test_a_refused_commit_is_told_and_the_others_are_durable(catalog, stored, fi
     for at in range(5):
         assert (reader.load(f"new-{at}")[0]["lm_head"]["a"] == at).all()
         reader.delete(f"new-{at}")
+
+
+def test_what_a_full_disk_refuses_is_kept_and_tried_again(catalog, stored, filled):
+    original, full = catalog.commit_batch, threading.Event()
+    full.set()
+
+    def refusing(cohort, commits):
+        if full.is_set():
+            raise StorageError("the disk is full")
+        return original(cohort, commits)
+
+    catalog.commit_batch = refusing
+    with Residency(catalog, stored, slots=4) as residency:
+        written = [residency.write_back(Commit(f"late-{at}", adapter(at))) for at in range(3)]
+        for _ in range(2):
+            with pytest.raises(StorageError, match="full"):
+                residency.flush()
+        assert not any(one.done() for one in written)
+        full.clear()
+        residency.flush()
+        assert [one.result().revision for one in written] == [1, 1, 1]
+    reader = Catalog.open(filled)
+    for at in range(3):
+        assert (reader.load(f"late-{at}")[0]["lm_head"]["a"] == at).all()
+        reader.delete(f"late-{at}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore as ts
 
 from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
@@ -25,6 +26,8 @@ from popax.types import AdapterState
 
 SMALL_TARGETS = (TargetRule(pattern=r"layers\.attn\.[qv]_proj"),)
 LARGE = "large/"
+# Who only writes has no use for the nodes of a million users.
+WRITER_CACHE_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ def register(place: Path, model: ModelConfig, config: BenchCatalogConfig) -> Ben
     """
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
         digest = child.submit(_register, place, model, config).result()
-    catalog = Catalog.open(place)
+    catalog = Catalog.open(place, context=ts.Context({"cache_pool": {"total_bytes_limit": WRITER_CACHE_BYTES}}))
     small, large = (_found(catalog, Model(model), adapter, digest) for adapter in _adapters(config))
     assert small is not None
     assert large is not None
