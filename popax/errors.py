@@ -55,6 +55,10 @@ class CorruptRevisionError(CatalogError):
     """A stored row or manifest does not match its digest; names the user and the revision."""
 
 
+class SignatureError(CatalogError):
+    """A revision is not signed by a trusted key, or a key cannot be read."""
+
+
 class GateError(CatalogError):
     """A revision was not scored, or not well enough, to be promoted; it stays a candidate."""
 

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 
+from popax.cli.keys import add_trust, trust_of
 from popax.cli.main import add_json, write_output
+from popax.cli.users.shared import which
 
 NAME = "extract"
 HELP = "Write one user's adapter as a Hugging Face PEFT directory, reading that user's bytes only."
@@ -15,9 +17,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a catalog, a run's checkpoint directory (its latest step), or one step of it")
     parser.add_argument("user", help="the user's id")
     parser.add_argument("directory", help="the PEFT directory to write")
-    parser.add_argument("--revision", type=int, metavar="N", help="a revision of the catalog (default: the latest)")
+    parser.add_argument(
+        "--revision", metavar="WHICH", help="of the catalog: a number, latest (default), promoted, or a tag"
+    )
     parser.add_argument("--base_name", default="", metavar="NAME", help="the base's path or name, for peft to load")
     parser.add_argument("--overwrite", action="store_true", help="replace a PEFT directory that is there")
+    add_trust(parser)
     add_json(parser)
 
 
@@ -27,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.adapters.peft import save_peft
     from popax.store.extract import extract_user
 
-    found = extract_user(args.source, args.user, revision=args.revision)
+    found = extract_user(args.source, args.user, revision=which(args.revision), trusted=trust_of(args))
     directory = save_peft(
         args.directory,
         found.adapter,

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from popax.cli.base import add_base, base_of
+from popax.cli.keys import add_trust, trust_of
 from popax.cli.main import add_json, write_output
 from popax.cli.processes import add_processes, open_mesh
 from popax.cli.users.shared import which
@@ -44,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample among the likeliest of mass P")
     parser.add_argument("--seed", type=int, default=0, help="row i samples with seed + i")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's path, or byte (default: the base's)")
+    add_trust(parser)
     add_processes(parser)
     add_json(parser)
 
@@ -71,7 +73,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     rows = generate_text(
         base_of(args, mesh),
         load_tokenizer(args.tokenizer or args.base),
-        Catalog.open(args.catalog, read_only=True) if args.catalog else None,
+        Catalog.open(args.catalog, read_only=True, trusted=trust_of(args)) if args.catalog else None,
         users,
         prompts,
         max_new_tokens=args.max_new_tokens,

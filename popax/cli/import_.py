@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 
+from popax.cli.keys import add_sign, signer_of
 from popax.cli.main import add_json, write_output
 
 NAME = "import"
@@ -17,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="the PEFT directory to read")
     parser.add_argument("--base", required=True, metavar="PATH", help="the base that the adapter was made for")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="stored as (default: the file's)")
+    add_sign(parser)
     add_json(parser)
 
 
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         base_weight=base.site_weight,
     )
     cohort = Cohort.of(config, base.model.sites())
-    catalog = Catalog.open(args.catalog, create=True)
+    catalog = Catalog.open(args.catalog, create=True, signer=signer_of(args))
     stored = catalog.cohort(config, cohort.specs, base.digest, RowLayout.of(adapter))
     provenance = {"imported": os.path.basename(os.path.abspath(args.directory))}
     manifest = catalog.commit(stored, args.user, adapter, provenance=provenance)

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 import tensorstore as ts
@@ -12,7 +12,7 @@ from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import CatalogError, PopulationError
 from popax.store import deletion, pointers
 from popax.store.cohort import StoredCohort, cohort_id
-from popax.store.commit import Commit, Revision
+from popax.store.commit import Commit, CommitFields, Revision
 from popax.store.database import Database, storage_errors
 from popax.store.deletion import Deletion, Derived
 from popax.store.filters import UserFilter
@@ -25,6 +25,7 @@ from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
 from popax.store.registry import CohortRegistry
 from popax.store.scores import Scores, put_scores, read_scores
+from popax.store.signing import Signer, Trust
 from popax.store.verify import Audit, verify
 from popax.store.writer import publish, stage, write
 from popax.types import AdapterState
@@ -41,11 +42,12 @@ class Catalog:
     Safe to use from several threads and, opened by each, from several processes.
     """
 
-    def __init__(self, database: Database, *, read_only: bool = False):
-        self._database = database
-        self._read_only = read_only
+    def __init__(
+        self, database: Database, *, read_only: bool = False, signer: Signer | None = None, trusted: Trust | None = None
+    ):
+        self._database, self._read_only, self._signer = database, read_only, signer
         self._registry = CohortRegistry(database)
-        self._loader = RevisionLoader(database, self._registry)
+        self._loader = RevisionLoader(database, self._registry, trusted)
 
     @classmethod
     def open(
@@ -55,14 +57,18 @@ class Catalog:
         create: bool = False,
         read_only: bool = False,
         context: ts.Context | None = None,
+        signer: Signer | None = None,
+        trusted: Trust | None = None,
     ) -> "Catalog":
         """Open the catalog in a directory or at a TensorStore URL; `create` makes one where there is none.
 
-        A memory:// catalog lives in `context`. Raises CatalogError and StorageError as `Database.open` does.
+        A memory:// catalog lives in `context`. signer: of what is committed. trusted: what is loaded must be signed by
+        one of these keys. Raises CatalogError and StorageError as `Database.open` does.
         """
         if create and read_only:
             raise CatalogError(f"cannot create {os.fspath(place)!r} read-only; drop one of create and read_only")
-        return cls(Database.open(place, create=create, context=context), read_only=read_only)
+        database = Database.open(place, create=create, context=context)
+        return cls(database, read_only=read_only, signer=signer, trusted=trusted)
 
     @property
     def place(self) -> str:
@@ -98,32 +104,10 @@ class Catalog:
         return self._registry.shared(cohort)
 
     def commit(
-        self,
-        cohort: StoredCohort,
-        user: str,
-        adapter: AdapterState,
-        *,
-        parent: int | Literal["latest"] | None = "latest",
-        metrics: Mapping[str, Any] | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        hparams: Mapping[str, Any] | None = None,
-        run: str | None = None,
-        derived_from: Sequence[tuple[str, int]] = (),
-        optimizer: Mapping[str, Any] | None = None,
+        self, cohort: StoredCohort, user: str, adapter: AdapterState, **fields: Unpack[CommitFields]
     ) -> Manifest:
         """One user's next revision: durable when this returns. Fields as in `Commit`, errors as `commit_batch`."""
-        one = Commit(
-            user,
-            adapter,
-            parent=parent,
-            metrics=metrics,
-            provenance=provenance,
-            hparams=hparams,
-            run=run,
-            derived_from=derived_from,
-            optimizer=optimizer,
-        )
-        return self.commit_batch(cohort, [one])[0]
+        return self.commit_batch(cohort, [Commit(user, adapter, **fields)])[0]
 
     def commit_batch(self, cohort: StoredCohort, commits: Sequence[Commit]) -> list[Manifest]:
         """All of these revisions in one transaction: durable, all of them, when this returns; else none is.
@@ -134,7 +118,7 @@ class Catalog:
         full or the store refuses.
         """
         self._check_writable(cohort)
-        return write(self._database, cohort, commits) if commits else []
+        return write(self._database, cohort, commits, self._signer) if commits else []
 
     def stage_batch(self, cohort: StoredCohort, commits: Sequence[Commit], *, shard: int) -> list[Revision]:
         """Write these revisions' rows into a shard, without making them revisions: `publish` does, for many shards.
@@ -155,7 +139,7 @@ class Catalog:
         """
         self._check_writable(cohort)
         self._database.declare_shards(shards)
-        return publish(self._database, cohort, staged) if staged else []
+        return publish(self._database, cohort, staged, self._signer) if staged else []
 
     def _check_writable(self, cohort: StoredCohort) -> None:
         self._writable("commit")

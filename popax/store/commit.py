@@ -2,12 +2,24 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from popax.store.records import as_stored
 from popax.types import AdapterState
+
+
+class CommitFields(TypedDict, total=False):
+    """What a commit may say beside its user and adapter: see `Commit`."""
+
+    parent: int | Literal["latest"] | None
+    metrics: Mapping[str, Any] | None
+    provenance: Mapping[str, Any] | None
+    hparams: Mapping[str, Any] | None
+    run: str | None
+    derived_from: Sequence[tuple[str, int]]
+    optimizer: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,9 @@ from popax.store.checkpoint import ADAPTERS, RECORD, RECORD_FILE, SHARED, absolu
 from popax.store.cohort import StoredCohort
 from popax.store.database import MARKER, place_spec, storage_errors
 from popax.store.layout import RowLayout, row_digest
+from popax.store.pointers import Which
 from popax.store.records import shown
+from popax.store.signing import Trust
 from popax.trees import unflatten_named
 from popax.types import AdapterState
 
@@ -37,7 +39,9 @@ class Extracted(NamedTuple):
     provenance: dict[str, Any]
 
 
-def extract_user(source: str | os.PathLike, user: str, *, revision: int | None = None) -> Extracted:
+def extract_user(
+    source: str | os.PathLike, user: str, *, revision: Which = None, trusted: Trust | None = None
+) -> Extracted:
     """A user's adapter from a catalog, a run's checkpoint directory (its latest step) or one step's directory.
 
     Touches no device. revision: of a catalog only, the latest by default. Raises RevisionNotFoundError where the user
@@ -45,11 +49,10 @@ def extract_user(source: str | os.PathLike, user: str, *, revision: int | None =
     """
     place = absolute(source)
     if (place / MARKER).exists():
-        return _from_catalog(Catalog.open(str(place), read_only=True), user, revision)
-    if revision is not None:
-        raise CheckpointError(
-            f"{str(place)!r} is no catalog, so it has no revision {revision}; name a step's directory"
-        )
+        return _from_catalog(Catalog.open(str(place), read_only=True, trusted=trusted), user, revision)
+    if revision is not None or trusted is not None:
+        asked = f"revision {revision}" if revision is not None else "signatures"
+        raise CheckpointError(f"{str(place)!r} is no catalog, so it has no {asked}; name a step's directory")
     return _from_checkpoint(place, user)
 
 
@@ -58,12 +61,13 @@ def extract_to_peft(
     user: str,
     directory: str | os.PathLike,
     *,
-    revision: int | None = None,
+    revision: Which = None,
+    trusted: Trust | None = None,
     base_name: str = "",
     overwrite: bool = False,
 ) -> Path:
     """`extract_user`, written as a Hugging Face PEFT directory; see `save_peft` for its arguments and errors."""
-    found = extract_user(source, user, revision=revision)
+    found = extract_user(source, user, revision=revision, trusted=trusted)
     return save_peft(
         directory,
         found.adapter,
@@ -75,7 +79,7 @@ def extract_to_peft(
     )
 
 
-def _from_catalog(catalog: Catalog, user: str, revision: int | None) -> Extracted:
+def _from_catalog(catalog: Catalog, user: str, revision: Which) -> Extracted:
     adapter, manifest = catalog.load(user, revision)
     cohort = catalog.cohort_of(manifest)
     provenance = {name: value for name, value in manifest.to_dict().items() if name not in ("config", "row")}

@@ -14,6 +14,7 @@ from popax.store.pointers import Which, resolve
 from popax.store.reader import Request, await_all, finish_row, latest_manifest, read_manifests, read_users, start_row
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
+from popax.store.signing import Trust
 
 # From here on a batch's digests take longer than starting threads for them does.
 _PARALLEL_BYTES = 8 << 20
@@ -23,14 +24,14 @@ _THREADS = min(8, os.cpu_count() or 1)
 class RevisionLoader:
     """Finds manifests and rows of many users in parallel."""
 
-    def __init__(self, database: Database, registry: CohortRegistry):
-        self._database, self._registry = database, registry
+    def __init__(self, database: Database, registry: CohortRegistry, trusted: Trust | None = None):
+        self._database, self._registry, self._trusted = database, registry, trusted
 
     def resolve(self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None) -> list[Manifest]:
         """The manifest of each revision.
 
-        Raises RevisionNotFoundError, CorruptRevisionError, and BaseMismatchError where base_digest is given and one was
-        made for another base.
+        Raises RevisionNotFoundError, CorruptRevisionError, BaseMismatchError where base_digest is given and one was
+        made for another base, and SignatureError where keys are trusted and one is not theirs.
         """
         records = read_users(self._database, None, [user for user, _ in requests])
         wanted = []
@@ -40,6 +41,8 @@ class RevisionLoader:
             wanted.append((record, resolve(record, which)))
         manifests = self.manifests(wanted)
         _check_bases(manifests, base_digest)
+        for manifest in manifests if self._trusted is not None else ():
+            self._trusted.check(manifest)
         return manifests
 
     def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ class Manifest:
     digest: sha256 of the packed row. created: UTC, ISO 8601. run: the training run that committed it; the same run
     committing the same bytes again is not a new revision. derived_from: [user, revision, digest] of each revision that
     this one was merged, composed, distilled or migrated from. optimizer: what `load_optimizer` reads, None where the
-    optimizer's state was not kept.
+    optimizer's state was not kept. signature: see `signing`; None where nobody signed it.
     """
 
     user: str
@@ -38,6 +38,7 @@ class Manifest:
     run: str | None = None
     derived_from: tuple[tuple[str, int, str], ...] = ()
     optimizer: Mapping[str, Any] | None = None
+    signature: Mapping[str, str] | None = None
     hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)

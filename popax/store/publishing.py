@@ -14,6 +14,7 @@ from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import PackedOptimizer
 from popax.store.reader import read_users, stored_form
 from popax.store.records import derived_key, manifest_key, seal, shown, unseal, user_key
+from popax.store.signing import Signer
 
 
 def new_manifest(
@@ -23,11 +24,12 @@ def new_manifest(
     created: str,
     parents: Mapping[tuple[str, int], str],
     optimizer: PackedOptimizer | None,
+    signer: Signer | None,
 ) -> Manifest:
     """The manifest of the user's next revision. created: the transaction's time. parents: digests of the revisions that
     some are derived from."""
     latest = record.latest if record else 0
-    return Manifest(
+    manifest = Manifest(
         user=revision.user,
         revision=latest + 1,
         cohort=cohort.id,
@@ -46,6 +48,7 @@ def new_manifest(
         provenance=revision.provenance,
         metrics=revision.metrics,
     )
+    return manifest if signer is None else dataclasses.replace(manifest, signature=signer.sign(manifest))
 
 
 def put_manifests(store: ts.KvStore, entries: Sequence[tuple[Manifest, UserRecord | None]]) -> None:

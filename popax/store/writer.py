@@ -18,6 +18,7 @@ from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizer
 from popax.store.publishing import digests_of, new_manifest, put_manifests
 from popax.store.reader import latest_manifest, read_users
 from popax.store.records import next_row_key, row_key, seal, shown, unseal
+from popax.store.signing import Signer
 
 T = TypeVar("T")
 
@@ -26,7 +27,9 @@ ATTEMPTS = 100
 LONGEST_PAUSE_S = 0.1
 
 
-def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -> list[Manifest]:
+def write(
+    database: Database, cohort: StoredCohort, commits: Sequence[Commit], signer: Signer | None = None
+) -> list[Manifest]:
     """All of the commits in one transaction, or none; what the same run already committed is returned, not rewritten.
 
     Raises ConflictError where a parent is not the latest, another writer committed one of the users meanwhile, or a
@@ -39,7 +42,7 @@ def write(database: Database, cohort: StoredCohort, commits: Sequence[Commit]) -
         start = write_rows(store, cohort, [packed[index] for index in fresh])
         return [entries[index].placed(row, 0) for row, index in enumerate(fresh, start)]
 
-    return _write(database, cohort, entries, place, beside)
+    return _write(database, cohort, entries, place, beside, signer)
 
 
 def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], shard: int) -> list[Revision]:
@@ -62,9 +65,11 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
     return retried(database, len(fresh), rows)
 
 
-def publish(database: Database, cohort: StoredCohort, staged: Sequence[Revision]) -> list[Manifest]:
+def publish(
+    database: Database, cohort: StoredCohort, staged: Sequence[Revision], signer: Signer | None = None
+) -> list[Manifest]:
     """The manifests and pointers of staged revisions, of all shards, in one transaction: all are visible, or none."""
-    return _write(database, cohort, staged, lambda store, fresh: [staged[index] for index in fresh])
+    return _write(database, cohort, staged, lambda store, fresh: [staged[index] for index in fresh], signer=signer)
 
 
 def _write(
@@ -73,10 +78,11 @@ def _write(
     entries: Sequence[Revision],
     place: Callable[[ts.KvStore, Sequence[int]], list[Revision]],
     beside: Mapping[str, PackedOptimizer] | None = None,
+    signer: Signer | None = None,
 ) -> list[Manifest]:
     """place(store in the transaction, indices of the entries to write): these entries, with the rows they have.
 
-    beside: the optimizer's state of those users who have one.
+    beside: the optimizer's state of those users who have one. signer: of the new manifests.
     """
     _refuse_twice(entries)
     before: list[int] = []
@@ -95,7 +101,7 @@ def _write(
         placed = place(store, fresh)
         parents, created = digests_of(database, transaction, placed), now()
         made = [
-            new_manifest(cohort, revision, users[index], created, parents, (beside or {}).get(revision.user))
+            new_manifest(cohort, revision, users[index], created, parents, (beside or {}).get(revision.user), signer)
             for revision, index in zip(placed, fresh, strict=True)
         ]
         put_manifests(store, [(one, users[index]) for one, index in zip(made, fresh, strict=True)])

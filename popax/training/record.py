@@ -46,14 +46,15 @@ class RunRecord:
 
 
 def data_provenance(dataset: UserDataset, user: str) -> dict[str, Any]:
-    """How many examples a user has, and a digest of them: equal digests mean nothing new to learn."""
+    """How many examples a user has, from when to when, and their digest: equal digests mean nothing new to learn."""
     digest = hashlib.sha256()
     examples = dataset.examples(user)
     for example in examples:
         # Not where it stands in its file: another user's new line must not make this user's text new.
         content = (example.time, example.text, example.prompt, example.completion, example.messages)
         digest.update(json.dumps(content, default=repr).encode())
-    return {"examples": len(examples), "digest": digest.hexdigest()}
+    times = [str(example.time) for example in (*examples[:1], *examples[-1:]) if example.time is not None]
+    return {"examples": len(examples), "digest": digest.hexdigest(), **({"range": times} if times else {})}
 
 
 def users_with_new_data(

@@ -92,3 +92,22 @@ def test_who_does_not_fit_is_named(catalog, users_of):
         stack_slots(users.cohort, [])
     with pytest.raises(PopulationError, match="adapter 1 has leaves"):
         stack_slots(users.cohort, [users.adapters[0], users_of("lora_xs").adapters[0]])
+
+
+def test_after_a_deletion_the_base_is_back_bitwise(catalog, model, params, users_of, tmp_path):
+    """Invariant 8, while the adapter still lies in its slot: nobody gets it, and the base's logits are the base's."""
+    users = users_of("lora")
+    own = Catalog.open(tmp_path / "catalog", create=True)
+    stored = own.cohort(users.cohort.config, users.cohort.specs, DIGEST, RowLayout.of(users.cohort.abstract()))
+    own.commit(stored, "ada", users.adapters[0])
+    tokens_BxT = jnp.asarray([[4, 5, 6], [7, 8, 9]], jnp.int32)
+    plain = model(params, tokens_BxT)
+    with residency_for(own, [Request("ada")], DIGEST) as residency:
+        with leased(residency, [Request("ada"), Request("ada")]) as (adapt, _):
+            adapted = model(params, tokens_BxT, adapt=adapt)
+        assert (np.asarray(adapted) != np.asarray(plain)).any()
+        own.delete("ada")
+        with pytest.raises(RevisionNotFoundError, match="'ada'"), residency.lease([Request("ada")]):
+            pass
+        with leased(residency, [Request(None), Request(None)]) as (adapt, _):
+            assert np.asarray(model(params, tokens_BxT, adapt=adapt)).tobytes() == np.asarray(plain).tobytes()
