@@ -41,8 +41,9 @@ class RevisionLoader:
             wanted.append((record, resolve(record, which)))
         manifests = self.manifests(wanted)
         _check_bases(manifests, base_digest)
-        for manifest in manifests if self._trusted is not None else ():
-            self._trusted.check(manifest)
+        if self._trusted is not None:
+            for manifest in manifests:
+                self._trusted.check(manifest)
         return manifests
 
     def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:
