@@ -29,7 +29,7 @@ class RowCensus:
 
     def name(self, manifest: Manifest) -> bool:
         """Note the revision's row; False where another revision has named it before."""
-        place = (manifest.shard, manifest.cohort)
+        place = (manifest.shard, manifest.array)
         bits = self._named.get(place, np.zeros(0, bool))
         if manifest.row >= len(bits):
             longer = np.zeros(max(_LEAST, 2 * len(bits), manifest.row + 1, self._limits.get(place, 0)), bool)

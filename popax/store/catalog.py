@@ -11,6 +11,7 @@ import tensorstore as ts
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import CatalogError, PopulationError
 from popax.store import deletion, pointers
+from popax.store.codec import codec_of, encoded_bytes
 from popax.store.cohort import StoredCohort, cohort_id
 from popax.store.commit import Commit, CommitFields, Revision
 from popax.store.database import Database, storage_errors
@@ -23,6 +24,7 @@ from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import read_optimizer
 from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
+from popax.store.records import rows_array
 from popax.store.registry import CohortRegistry
 from popax.store.scores import Scores, put_scores, read_scores
 from popax.store.signing import Signer, Trust
@@ -118,6 +120,7 @@ class Catalog:
         full or the store refuses.
         """
         self._check_writable(cohort)
+        self._create_arrays(cohort, commits)
         return write(self._database, cohort, commits, self._signer) if commits else []
 
     def stage_batch(self, cohort: StoredCohort, commits: Sequence[Commit], *, shard: int) -> list[Revision]:
@@ -130,6 +133,7 @@ class Catalog:
             return []
         with storage_errors(self._database.place):
             self._database.create_rows(cohort.id, cohort.layout.row_bytes, shard)
+        self._create_arrays(cohort, commits, shard)
         return stage(self._database, cohort, commits, shard)
 
     def publish(self, cohort: StoredCohort, staged: Sequence[Revision], *, shards: int) -> list[Manifest]:
@@ -140,6 +144,13 @@ class Catalog:
         self._check_writable(cohort)
         self._database.declare_shards(shards)
         return publish(self._database, cohort, staged, self._signer) if staged else []
+
+    def _create_arrays(self, cohort: StoredCohort, commits: Sequence[Commit], shard: int = 0) -> None:
+        """Of the codecs that these commits name: their rows are of other lengths."""
+        for name in {commit.codec for commit in commits if commit.codec is not None}:
+            with storage_errors(self._database.place):
+                size = encoded_bytes(codec_of(name), cohort.layout)
+                self._database.create_rows(rows_array(cohort.id, name), size, shard)
 
     def _check_writable(self, cohort: StoredCohort) -> None:
         self._writable("commit")

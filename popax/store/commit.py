@@ -20,6 +20,7 @@ class CommitFields(TypedDict, total=False):
     run: str | None
     derived_from: Sequence[tuple[str, int]]
     optimizer: Mapping[str, Any] | None
+    codec: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Commit:
     adapter: the tree, or its packed row (uint8 [row_bytes], as `Catalog.pack` makes them for a whole population).
     parent: "latest" continues whatever is latest, a number must be the latest, None must be the user's first. run: see
     `Manifest.run`. derived_from: (user, revision) of each revision that this one was made from. optimizer: a nested
-    dict of arrays, kept beside the revision so that its training continues exactly.
+    dict of arrays, kept beside the revision so that its training continues exactly. codec: store the row in fewer bits
+    (`codec.CODECS`); what that costs is in the manifest.
     """
 
     user: str
@@ -42,6 +44,7 @@ class Commit:
     run: str | None = None
     derived_from: Sequence[tuple[str, int]] = ()
     optimizer: Mapping[str, Any] | None = None
+    codec: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,13 @@ class Revision:
     provenance: Mapping[str, Any]
     hparams: Mapping[str, Any]
     derived_from: tuple[tuple[str, int], ...] = ()
+    codec: Mapping[str, Any] | None = None
     row: int = -1
     shard: int = 0
 
     @classmethod
-    def of(cls, commit: Commit, digest: str) -> "Revision":
-        """Without a place yet."""
+    def of(cls, commit: Commit, digest: str, codec: Mapping[str, Any] | None = None) -> "Revision":
+        """Without a place yet. codec: as the manifest keeps it."""
         return cls(
             user=commit.user,
             digest=digest,
@@ -71,6 +75,7 @@ class Revision:
             provenance=as_stored(commit.provenance),
             hparams=as_stored(commit.hparams),
             derived_from=tuple((parent, revision) for parent, revision in commit.derived_from),
+            codec=codec,
         )
 
     def placed(self, row: int, shard: int) -> "Revision":

@@ -18,6 +18,7 @@ from popax.store.records import (
     manifest_prefix,
     optimizer_prefix,
     row_key,
+    rows_array,
     scores_prefix,
     seal,
     shown,
@@ -152,7 +153,10 @@ def _manifests(
 
 
 def _rows(manifests) -> list[_Row]:
-    return [_Row(one.get("shard", 0), row_key(one["cohort"], one["row"])) for one in manifests]
+    def array(one: dict) -> str:
+        return rows_array(one["cohort"], (one.get("codec") or {}).get("name"))
+
+    return [_Row(one.get("shard", 0), row_key(array(one), one["row"])) for one in manifests]
 
 
 def _parents(manifest: dict) -> list[str]:

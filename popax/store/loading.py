@@ -1,13 +1,14 @@
 """Loading revisions: from a user and a wish ("latest", "promoted", a tag, a number) to a manifest and a checked row."""
 
 import concurrent.futures
-import functools
 import os
 from collections.abc import Sequence
 
 import numpy as np
+import tensorstore as ts
 
 from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFoundError
+from popax.store.codec import codec_of, decode
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.pointers import Which, resolve
@@ -47,14 +48,14 @@ class RevisionLoader:
         return manifests
 
     def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:
-        """Each revision's row, uint8 [row_bytes]. Raises CorruptRevisionError."""
+        """Each revision's row, uint8 [row_bytes], decoded where it is stored in fewer bits. Raises
+        CorruptRevisionError."""
         begun = [start_row(self._database, manifest) for manifest in manifests]
-        finish = functools.partial(finish_row, self._database)
         if sum(self._row_bytes(manifest) for manifest in manifests) < _PARALLEL_BYTES:
             await_all(begun)
-            return list(map(finish, manifests, begun))
+            return list(map(self._finish, manifests, begun))
         with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:
-            return list(threads.map(finish, manifests, begun))
+            return list(threads.map(self._finish, manifests, begun))
 
     def manifests(self, wanted: Sequence[tuple[UserRecord, int]]) -> list[Manifest]:
         """The manifests of these revisions: each is in its user's record, or has been superseded."""
@@ -88,6 +89,12 @@ class RevisionLoader:
         manifest = latest_manifest(record, self._registry.known)
         assert manifest is not None  # `known` raises where there is no cohort
         return manifest
+
+    def _finish(self, manifest: Manifest, future: ts.Future) -> np.ndarray:
+        stored = finish_row(self._database, manifest, future)
+        if manifest.codec is None:
+            return stored
+        return decode(codec_of(manifest.codec["name"]), self._registry.known(manifest.cohort).layout, stored)
 
     def _row_bytes(self, manifest: Manifest) -> int:
         return self._registry.known(manifest.cohort).layout.row_bytes

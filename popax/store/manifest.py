@@ -5,7 +5,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from popax.store.records import shown
+from popax.store.records import rows_array, shown
 
 T = TypeVar("T")
 
@@ -22,6 +22,8 @@ class Manifest:
     committing the same bytes again is not a new revision. derived_from: [user, revision, digest] of each revision that
     this one was merged, composed, distilled or migrated from. optimizer: what `load_optimizer` reads, None where the
     optimizer's state was not kept. signature: see `signing`; None where nobody signed it.
+    codec: {"name", "error"} of a row that is stored in fewer bits: `digest` is of what is stored, error is the relative
+    one of what is loaded to what was committed; None for a row that is stored as it is.
     """
 
     user: str
@@ -39,6 +41,7 @@ class Manifest:
     derived_from: tuple[tuple[str, int, str], ...] = ()
     optimizer: Mapping[str, Any] | None = None
     signature: Mapping[str, str] | None = None
+    codec: Mapping[str, Any] | None = None
     hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -46,6 +49,11 @@ class Manifest:
     @property
     def name(self) -> str:
         return f"{self.user}@{self.revision}"
+
+    @property
+    def array(self) -> str:
+        """The array of rows that its row lies in."""
+        return rows_array(self.cohort, self.codec["name"] if self.codec else None)
 
     @property
     def shown(self) -> str:

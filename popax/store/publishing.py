@@ -44,6 +44,7 @@ def new_manifest(
         run=revision.run,
         derived_from=tuple((user, at, parents[user, at]) for user, at in revision.derived_from),
         optimizer=optimizer.record if optimizer else None,
+        codec=revision.codec,
         hparams=revision.hparams,
         provenance=revision.provenance,
         metrics=revision.metrics,

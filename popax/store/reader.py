@@ -80,7 +80,7 @@ def read_manifests(
 
 def start_row(database: Database, manifest: Manifest) -> ts.Future:
     """Begin to read the revision's row; `finish_row` waits for it."""
-    return database.shard(manifest.shard).read(row_key(manifest.cohort, manifest.row))
+    return database.shard(manifest.shard).read(row_key(manifest.array, manifest.row))
 
 
 def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadResult:
@@ -99,7 +99,7 @@ def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadRe
 def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.ndarray:
     """The revision's row, uint8 [row_bytes]. Raises CorruptRevisionError where it is not that of its digest."""
     try:
-        result = settled(database.shard(manifest.shard), row_key(manifest.cohort, manifest.row), future)
+        result = settled(database.shard(manifest.shard), row_key(manifest.array, manifest.row), future)
     except (ValueError, OSError) as error:
         if is_refused(error):
             raise storage_error(database.place, error) from error

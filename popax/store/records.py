@@ -150,6 +150,11 @@ def next_row_key(cohort: str) -> str:
     return f"next_row/{cohort}"
 
 
+def rows_array(cohort: str, codec: str | None) -> str:
+    """The name of the array that a cohort's rows lie in: encoded ones are of another length, and have their own."""
+    return cohort if codec is None else f"{cohort}.{codec}"
+
+
 def rows_path(cohort: str) -> str:
     return f"rows/{cohort}/"
 

@@ -20,7 +20,7 @@ from popax.store.manifest import Manifest
 from popax.store.records import canonical
 
 # A row copied to another user, revision, cohort or base is not what was signed.
-SIGNED = ("user", "revision", "cohort", "base_digest", "digest")
+SIGNED = ("user", "revision", "cohort", "base_digest", "digest", "codec")
 
 
 class Signer:

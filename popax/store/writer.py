@@ -3,12 +3,13 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
 
 from popax.errors import ConflictError, CorruptRevisionError
+from popax.store.codec import codec_of, decode, encode, relative_error
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, is_gone, storage_error
@@ -17,7 +18,7 @@ from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizers
 from popax.store.publishing import digests_of, new_manifest, put_manifests
 from popax.store.reader import latest_manifest, read_users
-from popax.store.records import next_row_key, row_key, seal, shown, unseal
+from popax.store.records import next_row_key, row_key, rows_array, seal, shown, unseal
 from popax.store.signing import Signer
 
 T = TypeVar("T")
@@ -39,8 +40,7 @@ def write(
     beside = {commit.user: pack_optimizer(commit.optimizer) for commit in commits if commit.optimizer is not None}
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
-        start = write_rows(store, cohort, [packed[index] for index in fresh])
-        return [entries[index].placed(row, 0) for row, index in enumerate(fresh, start)]
+        return place_rows(store, cohort, packed, entries, fresh, shard=0)
 
     return _write(database, cohort, entries, place, beside, signer)
 
@@ -59,8 +59,7 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
 
     def rows(transaction: ts.Transaction) -> list[Revision]:
         store = database.shard(shard).with_transaction(transaction)
-        start = write_rows(store, cohort, [packed[index] for index in fresh])
-        return [entries[index].placed(row, shard) for row, index in enumerate(fresh, start)]
+        return place_rows(store, cohort, packed, entries, fresh, shard)
 
     return retried(database, len(fresh), rows)
 
@@ -137,20 +136,55 @@ def retried(database: Database, count: int, work: Callable[[ts.Transaction], T])
     )
 
 
-def write_rows(store: ts.KvStore, cohort: StoredCohort, rows: Sequence[np.ndarray]) -> int:
+def place_rows(
+    store: ts.KvStore,
+    cohort: StoredCohort,
+    packed: Sequence[np.ndarray],
+    entries: Sequence[Revision],
+    fresh: Sequence[int],
+    shard: int,
+) -> list[Revision]:
+    """Put the rows of these entries, each into the array of its codec; returns the entries with their places."""
+    arrays: dict[str, list[int]] = {}
+    for index in fresh:
+        codec = entries[index].codec
+        array = rows_array(cohort.id, codec["name"] if codec else None)
+        arrays.setdefault(array, []).append(index)
+    places: dict[int, int] = {}
+    for array, members in arrays.items():
+        start = _write_rows(store, array, [packed[index] for index in members])
+        places |= {index: row for row, index in enumerate(members, start)}
+    return [entries[index].placed(places[index], shard) for index in fresh]
+
+
+def _write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> int:
     """Put the rows and the next free index into the store's transaction; returns the first row's index."""
-    allocated = store.read(next_row_key(cohort.id)).result()
+    allocated = store.read(next_row_key(array)).result()
     start = unseal(allocated.value)["next"] if allocated.state == "value" else 0
-    writes = [store.write(next_row_key(cohort.id), seal({"next": start + len(rows)}))]
-    writes += [store.write(row_key(cohort.id, index), row.tobytes()) for index, row in enumerate(rows, start)]
+    writes = [store.write(next_row_key(array), seal({"next": start + len(rows)}))]
+    writes += [store.write(row_key(array, index), row.tobytes()) for index, row in enumerate(rows, start)]
     for write_future in writes:
         write_future.result()
     return start
 
 
 def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[np.ndarray], list[Revision]]:
-    rows = [cohort.layout.checked(commit.adapter) for commit in commits]
-    return rows, [Revision.of(commit, row_digest(row)) for commit, row in zip(commits, rows, strict=True)]
+    """The rows as they are stored, and what else the commits say."""
+    stored, entries = [], []
+    for commit in commits:
+        row, codec = cohort.layout.checked(commit.adapter), None
+        if commit.codec is not None:
+            row, codec = _encoded(cohort, row, commit.codec)
+        stored.append(row)
+        entries.append(Revision.of(commit, row_digest(row), codec))
+    return stored, entries
+
+
+def _encoded(cohort: StoredCohort, row: np.ndarray, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    codec = codec_of(name)
+    stored = encode(codec, cohort.layout, row)
+    error = relative_error(cohort.layout, row, decode(codec, cohort.layout, stored))
+    return stored, {"name": name, "error": error}
 
 
 def _already_committed(

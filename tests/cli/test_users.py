@@ -108,6 +108,18 @@ def test_garbage_is_collected(catalog, capsys, tmp_path):
     assert 0 < _json(tmp_path / "gc.json")["bytes_left"] < before
 
 
+def test_cold_users_are_compressed(catalog, capsys, tmp_path):
+    out = tmp_path / "compressed.json"
+    assert main(["users", "compress", catalog, "--prefix", "b", "--max_error", "0.5", "--json", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("1 of 1 users compressed: ")
+    [one] = _json(out)
+    assert (one["user"], one["source"], one["revision"]) == ("bob", 1, 2)
+    assert 0 < one["error"] < 0.5
+    assert main(["users", "compress", catalog, "--prefix", "a", "--max_error", "0"]) == 0
+    assert "ada@2 is left as it is: error 0.0" in capsys.readouterr().out
+    assert main(["users", "compress", catalog, "--max_error", "-1"]) == 2
+
+
 def test_an_audit_says_by_its_exit_code_whether_all_is_well(catalog, capsys, tmp_path):
     out = tmp_path / "audit.json"
     assert main(["users", "verify", catalog, "--json", str(out)]) == 0

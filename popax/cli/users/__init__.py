@@ -15,6 +15,7 @@ COMMANDS = {
     "prune": "popax.cli.users.prune",
     "tainted": "popax.cli.users.tainted",
     "verify": "popax.cli.users.verify",
+    "compress": "popax.cli.users.compress",
     "gc": "popax.cli.users.gc",
     "stat": "popax.cli.users.stat",
     "export": "popax.cli.users.export",

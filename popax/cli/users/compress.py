@@ -1,0 +1,45 @@
+"""`popax users compress`: cold users' rows in fewer bits."""
+
+import argparse
+import math
+
+from popax.cli.main import add_json
+from popax.cli.users.shared import add_catalog, add_filters, counting, filters_of, open_catalog, printable, write_json
+
+NAME = "compress"
+HELP = "Commit users' latest revisions again in fewer bits, where that changes them little enough; say what it cost."
+EXAMPLE = "popax users compress runs/irc/catalog --until 2026-01-01 --codec int8 --max_error 0.01"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_catalog(parser)
+    add_filters(parser)
+    parser.add_argument("--codec", choices=("int8", "int4"), default="int8", help="bits of an entry (default int8)")
+    parser.add_argument(
+        "--max_error", type=float, default=0.01, metavar="E", help="relative error that is accepted (default 0.01)"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from popax.errors import CatalogError
+    from popax.store.compress import compress
+    from popax.store.filters import UserFilter
+
+    if not 0 <= args.max_error < math.inf:
+        raise CatalogError(f"--max_error {args.max_error}: a number, not negative")
+    catalog = open_catalog(args, write=True)
+    users = [record.user for record, _ in catalog.users(UserFilter(**filters_of(args)))]
+    found = compress(catalog, users, codec=args.codec, max_error=args.max_error, progress=counting("users looked at"))
+    write_json(args, [one._asdict() for one in found])
+    smaller = [one for one in found if one.revision is not None]
+    for one in found:
+        if one.revision is None and one.error is not None:
+            print(f"{printable(one.user)}@{one.source} is left as it is: error {one.error:.4f} > {args.max_error:g}")
+    before, after = (sum(getattr(one, name) for one in smaller) for name in ("bytes_before", "bytes_after"))
+    worst = max((one.error or 0.0 for one in smaller), default=0.0)
+    print(
+        f"{len(smaller):,} of {len(found):,} users compressed: {before:,} bytes of rows to {after:,}, relative error "
+        f"at most {worst:.4f}. They are candidates, derived from what they replace, which stays until it is pruned."
+    )
+    return 0
