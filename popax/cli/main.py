@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "generate": "popax.cli.generate",
     "extract": "popax.cli.extract",
     "import": "popax.cli.import_",
+    "migrate": "popax.cli.migrate",
     "users": "popax.cli.users",
     "plan": "popax.cli.plan",
     "bench": "popax.cli.bench",

@@ -105,5 +105,5 @@ def _check_bases(manifests: Sequence[Manifest], base_digest: str | None) -> None
         if manifest.base_digest != base_digest:
             raise BaseMismatchError(
                 f"{manifest.shown} was made for the base {manifest.base_digest}, not for {base_digest}; load that "
-                "base, or train the user on this one"
+                "base, train the user on this one, or carry them over with popax migrate"
             )

@@ -84,3 +84,21 @@ def test_what_is_wrong_is_one_line(world, tmp_path, capsys):
     assert main(world.pretrain(tmp_path / "other", "--gin_param", "PretrainConfig.steps=3")) == 0
     capsys.readouterr()
     assert "was made for the base" in refused("--base", str(tmp_path / "other" / "base"))
+
+
+@pytest.mark.slow
+def test_users_are_carried_over_to_a_new_base(world, tmp_path, capsys):
+    catalog, path = tmp_path / "catalog", tmp_path / "migrate.json"
+    shutil.copytree(world.catalog, catalog)
+    assert main(world.pretrain(tmp_path / "new", "--gin_param", "PretrainConfig.steps=14")) == 0
+    gin, new = str(world.run / "operative.gin"), str(tmp_path / "new" / "base")
+    command = ["migrate", "--gin_file", gin, "--base", world.base, "--to", new, "--catalog", str(catalog)]
+    command += ["--data", str(world.run / "data"), "--json", str(path)]
+    assert main(command) == 0
+    report = json.loads(path.read_text())
+    assert report["figures"]["users"] == len(report["rows"]) == 5
+    assert "bits per byte" in capsys.readouterr().out
+    assert main(["generate", "--base", new, "--catalog", str(catalog), "--prompt", "a", "--user", "u00@latest"]) == 0
+    assert main(["generate", "--base", world.base, "--catalog", str(catalog), "--prompt", "a", "--user", "u00@1"]) == 0
+    assert main(command) == 0
+    assert "0 users migrated, 5 were there already" in capsys.readouterr().out
