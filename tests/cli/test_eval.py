@@ -98,7 +98,8 @@ def test_users_are_carried_over_to_a_new_base(world, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert report["figures"]["users"] == len(report["rows"]) == 5
     assert "bits per byte" in capsys.readouterr().out
-    assert main(["generate", "--base", new, "--catalog", str(catalog), "--prompt", "a", "--user", "u00@latest"]) == 0
-    assert main(["generate", "--base", world.base, "--catalog", str(catalog), "--prompt", "a", "--user", "u00@1"]) == 0
+    for base, user in ((new, "u00@latest"), (world.base, "u00@1")):
+        asked = ["--catalog", str(catalog), "--prompt", "a", "--max_new_tokens", "4", "--user", user]
+        assert main(["generate", "--base", base, *asked]) == 0
     assert main(command) == 0
     assert "0 users migrated, 5 were there already" in capsys.readouterr().out
