@@ -15,7 +15,9 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import PopulationError
 from popax.population.state import PopulationState, hparams, init_member
+from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
+from popax.store.manifest import Manifest
 from popax.training.config import TrainConfig
 from popax.types import AdapterState
 
@@ -31,6 +33,7 @@ class MemberSource:
 
     steps_of(user): the user's number of steps; it reads the user's text, which is thereby ready when they are seated.
     Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
+    Rows come through residency's loader, those of users who are prefetched together in one batch.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class MemberSource:
         self._catalog, self._base_digest, self._run = catalog, base_digest, run
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
         self._pending: dict[str, concurrent.futures.Future[PopulationState]] = {}
+        self._rows = None if catalog is None else RowLoader(catalog.read_rows, lambda rows: None)
         make = lambda key, settings, adapter: init_member(  # noqa: E731
             cohort, config.optimizer, key, settings, adapter=adapter, track_best=config.early_stop is not None
         )
@@ -55,10 +59,11 @@ class MemberSource:
         self._continued = jax.jit(make)
 
     def prefetch(self, users: Sequence[str]) -> None:
-        """Start loading these users; `start` then finds them ready."""
-        for user in users:
-            if user not in self._pending:
-                self._pending[user] = self._pool.submit(self._load, user)
+        """Start loading these users, those who continue in one batched read; `start` then finds them ready."""
+        fresh = [user for user in dict.fromkeys(users) if user not in self._pending]
+        if fresh:
+            asked = self._pool.submit(self._ask, fresh)
+            self._pending |= {user: self._pool.submit(self._load, user, asked) for user in fresh}
 
     def start(self, user: str) -> PopulationState:
         """This user's member; waits for its load."""
@@ -67,26 +72,38 @@ class MemberSource:
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._rows is not None:
+            self._rows.close()
 
-    def _load(self, user: str) -> PopulationState:
+    def _ask(self, users: Sequence[str]) -> dict[str, tuple[Manifest, Row]]:
+        """The revision that each of those users continues who have one, and the promise of its row."""
+        if self._catalog is None or self._rows is None:
+            return {}
+        parents = {user: parent for user in users if (parent := self._parent(user)) is not None}
+        manifests = self._catalog.resolve(list(parents.items()))
+        return dict(zip(parents, zip(manifests, self._rows.ask(manifests), strict=True), strict=True))
+
+    def _load(self, user: str, asked: concurrent.futures.Future[dict[str, tuple[Manifest, Row]]]) -> PopulationState:
         settings = hparams(
             learning_rate=self._config.learning_rate,
             clip_norm=self._config.clip_norm,
             max_steps=self.steps_of(user),
         )
         key = user_key(self._config.seed, user)
-        parent = self._parent(user)
-        if parent is None:
+        found = asked.result().get(user)
+        if found is None:
             return self._fresh(key, settings)
         assert self._catalog is not None
-        adapter, manifest = self._catalog.load(user, parent, base_digest=self._base_digest)
+        manifest, row = found
+        # A revision of another base is this user's error, told when the user is started, and not that of the batch.
+        self._catalog.resolve([(user, manifest.revision)], base_digest=self._base_digest)
         if AdapterConfig.from_dict(manifest.config) != self._config.adapter:
             raise PopulationError(
                 f"{manifest.shown} is {AdapterConfig.from_dict(manifest.config)}, this run trains "
                 f"{self._config.adapter}: a user continues with the configuration they have; commit to another "
                 "catalog to begin anew with another one"
             )
-        return self._continued(key, settings, adapter)
+        return self._continued(key, settings, self._catalog.cohort_of(manifest).layout.unpack(row.result()))
 
     def _parent(self, user: str) -> int | None:
         if self._catalog is None or not self._catalog.exists(user):
