@@ -48,7 +48,10 @@ def judge(scores: Scores, gate: GateConfig) -> Verdict:
         # A gain of exactly the threshold is not above it: an adapter that does nothing is not promoted by the default.
         (math.isfinite(gain) and gain > gate.min_gain, f"gain {gain:.4f} bits per byte is not above {gate.min_gain:g}"),
         (scores.target_bytes >= gate.min_bytes, f"{scores.target_bytes} bytes of text are fewer than {gate.min_bytes}"),
-        (scores.norm <= gate.max_norm, f"norm {scores.norm:.4f} of the weights' own exceeds {gate.max_norm:g}"),
+        (
+            math.isfinite(scores.norm) and scores.norm <= gate.max_norm,
+            f"norm {scores.norm:.4f} of the weights' own exceeds {gate.max_norm:g}",
+        ),
     ]
     if gate.max_retention_loss is not None and loss is None:
         checks.append((False, "it was scored without a retention text (max_retention_loss=None asks for none)"))

@@ -11,6 +11,8 @@ from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.pointers import Which
 from popax.store.scores import Scores
 
+_REPLACED = "it was deleted, or replaced by other bytes, while it was judged: score what is there"
+
 
 class Outcome(NamedTuple):
     """What became of one candidate. scores: None where it was never scored."""
@@ -36,7 +38,10 @@ def promote(catalog: Catalog, user: str, revision: Which = None, gate: GateConfi
 def promote_all(
     catalog: Catalog, requests: Sequence[tuple[str, Which]], gate: GateConfig | None = None
 ) -> list[Outcome]:
-    """Promote those of these revisions that pass; what kept the others from it is in their outcomes."""
+    """Promote those of these revisions that pass; what kept the others from it is in their outcomes.
+
+    In one transaction, together with the thresholds that they passed: no other bytes than those judged are promoted.
+    """
     gate = gate or GateConfig()
     manifests = catalog.resolve(requests)
     outcomes = []
@@ -45,11 +50,14 @@ def promote_all(
             unscored = "these bytes have not been scored: run popax eval --record"
             outcomes.append(Outcome(manifest, None, Verdict(False, (unscored,))))
             continue
-        verdict = judge(scores, gate)
-        outcomes.append(Outcome(manifest, scores, verdict))
-        if verdict.passed:
-            asked = {"gate": dataclasses.asdict(gate), "time": now()}
-            # Scores that say what they were let pass for, then the pointer: killed between, it is a candidate still.
-            catalog.record_scores([(manifest, dataclasses.replace(scores, promoted=asked))])
-            catalog.promote(manifest.user, manifest.revision)
+        outcomes.append(Outcome(manifest, scores, judge(scores, gate)))
+    asked = {"gate": dataclasses.asdict(gate), "time": now()}
+    passed = [
+        (at, one.manifest, dataclasses.replace(one.scores, promoted=asked))
+        for at, one in enumerate(outcomes)
+        if one.scores is not None and one.verdict.passed
+    ]
+    moved = catalog.promote_scored([(manifest, scores) for _, manifest, scores in passed])
+    for (at, manifest, scores), there in zip(passed, moved, strict=True):
+        outcomes[at] = Outcome(manifest, scores, outcomes[at].verdict if there else Verdict(False, (_REPLACED,)))
     return outcomes

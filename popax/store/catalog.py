@@ -26,7 +26,7 @@ from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
 from popax.store.records import rows_array
 from popax.store.registry import CohortRegistry
-from popax.store.scores import Scores, put_scores, read_scores
+from popax.store.scores import Scores, promote_scored, put_scores, read_scores
 from popax.store.signing import Signer, Trust
 from popax.store.verify import Audit, verify
 from popax.store.writer import publish, stage, write
@@ -241,6 +241,11 @@ class Catalog:
         """Keep scores beside their revisions; see `scores.put_scores`."""
         self._writable("record scores")
         put_scores(self._database, entries)
+
+    def promote_scored(self, entries: Sequence[tuple[Manifest, Scores]]) -> Sequence[bool]:
+        """Promote those of these revisions that are still what was scored; see `scores.promote_scored`."""
+        self._writable("move a pointer")
+        return promote_scored(self._database, entries)
 
     def delete(self, user: str) -> Deletion:
         """Remove every revision of the user, and all that names it; says what else was derived from it.

@@ -75,12 +75,16 @@ def promote(database: Database, user: str, which: Which, *, expected: int | None
                 f"user {shown(user)}: revision {record.latest} was committed since {expected} was looked at; look at "
                 "it and promote again"
             )
-        revision = resolve(record, which)
-        if revision == record.promoted:
-            return {}
-        return {"promotions": (*record.promotions, revision)[-PROMOTIONS:]}
+        return {"promotions": promoted(record, resolve(record, which)).promotions}
 
     return _changed(database, user, change)
+
+
+def promoted(record: UserRecord, revision: int) -> UserRecord:
+    """The record with this revision as the one that serving follows."""
+    if revision == record.promoted:
+        return record
+    return dataclasses.replace(record, promotions=(*record.promotions, revision)[-PROMOTIONS:])
 
 
 def rollback(database: Database, user: str, which: Which = None) -> UserRecord:

@@ -81,10 +81,13 @@ def digests_of(
     for (user, at), record in zip(wanted, records, strict=True):
         if record is None or not record.oldest <= at <= record.latest:
             raise RevisionNotFoundError(f"cannot derive from {shown(user)}@{at}: there is no such revision")
-        if at == record.latest:
-            stored = record.current
-        else:
-            read = database.kvstore.with_transaction(transaction).read(manifest_key(user, at)).result()
-            stored = unseal(read.value)
-        found[user, at] = stored["digest"]
+        found[user, at] = digest_at(database, transaction, record, at)
     return found
+
+
+def digest_at(database: Database, transaction: ts.Transaction, record: UserRecord, at: int) -> str:
+    """The content digest of the user's revision `at`, one of `oldest` to `latest`, as the transaction sees it."""
+    if at == record.latest:
+        return record.current["digest"]
+    read = database.kvstore.with_transaction(transaction).read(manifest_key(record.user, at)).result()
+    return unseal(read.value)["digest"]

@@ -7,10 +7,12 @@ from typing import Any
 import tensorstore as ts
 
 from popax.errors import ConflictError, CorruptRevisionError
+from popax.store import pointers
 from popax.store.database import Database, storage_errors
-from popax.store.manifest import Manifest
+from popax.store.manifest import Manifest, UserRecord
+from popax.store.publishing import digest_at
 from popax.store.reader import read_users
-from popax.store.records import BrokenRecordError, scores_key, seal, shown, unseal
+from popax.store.records import BrokenRecordError, scores_key, seal, shown, unseal, user_key
 from popax.store.writer import retried
 
 
@@ -57,30 +59,74 @@ class Scores:
 
 
 def put_scores(database: Database, entries: Sequence[tuple[Manifest, Scores]]) -> None:
-    """Keep the scores of these revisions, in one transaction; later ones replace earlier ones.
+    """Keep the scores of these revisions, in one transaction; later ones replace earlier ones, but for what the gate
+    asked for when it let the revision pass.
 
-    Raises ConflictError where a revision is not there any more, or its bytes are not those that were scored.
+    Raises ConflictError where a revision is not there any more, or its bytes or base are not those that were scored.
     """
 
     def work(transaction: ts.Transaction) -> None:
-        store = database.kvstore.with_transaction(transaction)
         records = read_users(database, transaction, [manifest.user for manifest, _ in entries])
-        writes = []
         for (manifest, scores), record in zip(entries, records, strict=True):
-            there = record is not None and record.oldest <= manifest.revision <= record.latest
-            if not there or scores.digest != manifest.digest:
+            if not _is_of(scores, manifest) or not _is_there(database, transaction, record, manifest):
                 raise ConflictError(f"{manifest.shown} was deleted, or is not what was scored: score what is there")
-            writes.append(store.write(scores_key(manifest.user, manifest.revision), seal(scores.to_dict())))
-        for written in writes:
-            written.result()
+        before = read_scores(database, [manifest for manifest, _ in entries], transaction)
+        kept = [
+            (manifest, scores if scores.promoted or old is None else dataclasses.replace(scores, promoted=old.promoted))
+            for (manifest, scores), old in zip(entries, before, strict=True)
+        ]
+        _write(database, transaction, kept)
 
     retried(database, len(entries), work)
 
 
-def read_scores(database: Database, manifests: Sequence[Manifest]) -> list[Scores | None]:
+def promote_scored(database: Database, entries: Sequence[tuple[Manifest, Scores]]) -> list[bool]:
+    """Make serving follow each of these revisions that is still there with the bytes that were scored, and keep its
+    scores, which say what the gate asked for: all in one transaction. Returns which were still there."""
+
+    def work(transaction: ts.Transaction) -> list[bool]:
+        store = database.kvstore.with_transaction(transaction)
+        users = list(dict.fromkeys(manifest.user for manifest, _ in entries))
+        records = dict(zip(users, read_users(database, transaction, users), strict=True))
+        there, moved = [], {}
+        for manifest, scores in entries:
+            record = moved.get(manifest.user, records[manifest.user])
+            there.append(_is_of(scores, manifest) and _is_there(database, transaction, record, manifest))
+            if there[-1] and record is not None:
+                moved[manifest.user] = pointers.promoted(record, manifest.revision)
+        _write(database, transaction, [entry for entry, kept in zip(entries, there, strict=True) if kept])
+        for written in [store.write(user_key(user), seal(record.stored())) for user, record in moved.items()]:
+            written.result()
+        return there
+
+    return retried(database, len(entries), work) if entries else []
+
+
+def _is_of(scores: Scores, manifest: Manifest) -> bool:
+    return (scores.digest, scores.base_digest) == (manifest.digest, manifest.base_digest)
+
+
+def _is_there(database: Database, transaction: ts.Transaction, record: UserRecord | None, manifest: Manifest) -> bool:
+    """Whether the user's revision is still the manifest's: who was deleted and came back begins at 1 again."""
+    if record is None or not record.oldest <= manifest.revision <= record.latest:
+        return False
+    return digest_at(database, transaction, record, manifest.revision) == manifest.digest
+
+
+def _write(database: Database, transaction: ts.Transaction, entries: Sequence[tuple[Manifest, Scores]]) -> None:
+    store = database.kvstore.with_transaction(transaction)
+    writes = [store.write(scores_key(one.user, one.revision), seal(scores.to_dict())) for one, scores in entries]
+    for written in writes:
+        written.result()
+
+
+def read_scores(
+    database: Database, manifests: Sequence[Manifest], transaction: ts.Transaction | None = None
+) -> list[Scores | None]:
     """Each revision's scores; None where it has none, or those of other bytes. Raises CorruptRevisionError."""
+    store = database.kvstore if transaction is None else database.kvstore.with_transaction(transaction)
     with storage_errors(database.place):
-        reads = [database.kvstore.read(scores_key(one.user, one.revision)) for one in manifests]
+        reads = [store.read(scores_key(one.user, one.revision)) for one in manifests]
         found = [read.result() for read in reads]
     scores = []
     for manifest, one in zip(manifests, found, strict=True):
@@ -90,5 +136,5 @@ def read_scores(database: Database, manifests: Sequence[Manifest]) -> list[Score
             raise CorruptRevisionError(
                 f"the scores of {shown(manifest.user)}@{manifest.revision} are corrupt: {error}; score it again"
             ) from error
-        scores.append(kept if kept is not None and kept.digest == manifest.digest else None)
+        scores.append(kept if kept is not None and _is_of(kept, manifest) else None)
     return scores

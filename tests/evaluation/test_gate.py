@@ -62,6 +62,10 @@ def test_without_a_retention_threshold_no_text_is_asked_for():
     assert judge(dataclasses.replace(GOOD, retention=None, base_retention=None), gate).passed
 
 
+def test_no_threshold_lets_an_infinite_norm_pass():
+    assert not judge(dataclasses.replace(GOOD, norm=math.inf), dataclasses.replace(GATE, max_norm=math.inf)).passed
+
+
 def test_an_adapter_that_does_nothing_is_not_promoted_by_the_default():
     nothing = dataclasses.replace(GOOD, own=2.0, norm=0.0, retention=1.5)
     assert not judge(nothing, GateConfig()).passed
@@ -127,3 +131,45 @@ def test_many_are_promoted_at_once_and_the_others_say_why(catalog):
     outcomes = promote_all(catalog, [("ada", None), ("bob", "latest")], GATE)
     assert [(one.manifest.user, one.verdict.passed) for one in outcomes] == [("ada", True), ("bob", False)]
     assert [record.user for record in catalog.list(status="promoted")] == ["ada"]
+
+
+def test_who_is_replaced_while_being_judged_is_not_promoted(catalog, monkeypatch):
+    """Deleted and back between the verdict and the pointer: revision 1 again, of bytes that nobody scored."""
+    _scored(catalog, "ada", 2)
+    _scored(catalog, "bob", 1)
+    adapter, manifest = catalog.load("ada", 1)
+    move = catalog.promote_scored
+
+    def replaced_meanwhile(entries):
+        catalog.delete("bob")
+        catalog.commit(catalog.cohort_of(manifest), "bob", adapter)
+        return move(entries)
+
+    monkeypatch.setattr(catalog, "promote_scored", replaced_meanwhile)
+    outcomes = promote_all(catalog, [("ada", None), ("bob", None)], GATE)
+    assert [one.verdict.passed for one in outcomes] == [True, False]
+    assert "replaced by other bytes" in outcomes[1].verdict.reasons[0]
+    assert [record.promoted for record in catalog.records(["ada", "bob"])] == [2, None]
+
+
+def test_a_second_scoring_keeps_what_the_gate_asked_for(catalog):
+    _scored(catalog, "ada", 2)
+    promote(catalog, "ada", gate=GATE)
+    _scored(catalog, "ada", 2, own=1.7)
+    [kept] = catalog.scores([catalog.load("ada", 2)[1]])
+    assert kept.own == 1.7
+    assert kept.promoted["gate"] == dataclasses.asdict(GATE)
+
+
+def test_scores_on_another_base_are_refused(catalog):
+    with pytest.raises(ConflictError, match="is not what was scored"):
+        _scored(catalog, "ada", 2, base_digest="another")
+
+
+def test_two_revisions_of_one_user_in_one_batch(catalog):
+    """In their order: the last one is served, and rollback leads to the other."""
+    for revision in (1, 2):
+        _scored(catalog, "ada", revision)
+    assert all(one.verdict.passed for one in promote_all(catalog, [("ada", 1), ("ada", 2)], GATE))
+    assert catalog.records(["ada"])[0].promotions == (1, 2)
+    assert catalog.rollback("ada").promoted == 1
