@@ -8,6 +8,7 @@ from pathlib import Path
 
 from popax.cli.eval import add_data
 from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.keys import add_sign, add_trust, signer_of, trust_of
 from popax.cli.main import add_json
 from popax.cli.users.shared import printable
 
@@ -29,6 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--user", action="append", metavar="ID", help="only this user (repeatable)")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's path, or byte (default: the old base's)")
+    add_sign(parser)
+    add_trust(parser)
     add_json(parser)
 
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     old, new, tokenizer = load_base(args.base), load_base(args.to), load_tokenizer(args.tokenizer or args.base)
     for base in (old, new):
         check_fits(base.model, tokenizer, data.seq_len)
-    catalog = Catalog.open(args.catalog)
+    catalog = Catalog.open(args.catalog, signer=signer_of(args), trusted=trust_of(args))
     done: list[Migrated] = []
     with tempfile.TemporaryDirectory() as scratch, step_bar("migrate", unit="user") as tell:
         dataset = open_users(args.data, Path(scratch), columns)

@@ -17,7 +17,8 @@ class StoredCohort:
 
     id: 128 bits of the digest of (config, base digest, layout), hex; kept as first written, whatever a later
     AdapterConfig adds. shared_digest: content address of the frozen arrays that all its users share (a method's, made
-    from the base); None where the method has none. shared_layout: their packed form.
+    from the base); None where the method has none. shared_layout: their packed form. record_digest: sha256 of the
+    record as it was first written, which holds all of these; "" for a cohort that was not read from a catalog.
     """
 
     id: str
@@ -27,6 +28,7 @@ class StoredCohort:
     layout: RowLayout
     shared_layout: RowLayout | None = None
     shared_digest: str | None = None
+    record_digest: str = ""
 
     @classmethod
     def of(
@@ -77,6 +79,7 @@ class StoredCohort:
             layout=RowLayout.from_dict(record["layout"]),
             shared_layout=shared_layout and RowLayout.from_dict(shared_layout),
             shared_digest=record["shared_digest"],
+            record_digest=text_digest(canonical(record)),
         )
 
 

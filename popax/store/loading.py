@@ -44,7 +44,7 @@ class RevisionLoader:
         _check_bases(manifests, base_digest)
         if self._trusted is not None:
             for manifest in manifests:
-                self._trusted.check(manifest)
+                self._trusted.check(manifest, self._registry.known(manifest.cohort))
         return manifests
 
     def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:

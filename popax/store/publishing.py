@@ -49,7 +49,7 @@ def new_manifest(
         provenance=revision.provenance,
         metrics=revision.metrics,
     )
-    return manifest if signer is None else dataclasses.replace(manifest, signature=signer.sign(manifest))
+    return manifest if signer is None else dataclasses.replace(manifest, signature=signer.sign(manifest, cohort))
 
 
 def put_manifests(store: ts.KvStore, entries: Sequence[tuple[Manifest, UserRecord | None]]) -> None:

@@ -16,10 +16,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from popax.errors import SignatureError
+from popax.store.cohort import StoredCohort
 from popax.store.manifest import Manifest
 from popax.store.records import canonical
 
-# A row copied to another user, revision, cohort or base is not what was signed.
+# A row copied to another user, revision, cohort or base is not what was signed. Nor is one whose cohort's record says
+# something else: config, scales and shared arrays decide what the same bytes do.
 SIGNED = ("user", "revision", "cohort", "base_digest", "digest", "codec")
 
 
@@ -38,9 +40,9 @@ class Signer:
             raise SignatureError(f"{os.fspath(path)!r} holds a {type(key).__name__}, not an Ed25519 private key")
         return cls(key)
 
-    def sign(self, manifest: Manifest) -> dict[str, str]:
-        """What a manifest keeps as its signature."""
-        return {"key": self.fingerprint, "value": self._key.sign(_payload(manifest)).hex()}
+    def sign(self, manifest: Manifest, cohort: StoredCohort) -> dict[str, str]:
+        """What a manifest keeps as its signature. cohort: the manifest's own, as the catalog has it."""
+        return {"key": self.fingerprint, "value": self._key.sign(_payload(manifest, cohort)).hex()}
 
 
 class Trust:
@@ -62,7 +64,7 @@ class Trust:
             keys.append(key)
         return cls(keys)
 
-    def check(self, manifest: Manifest) -> None:
+    def check(self, manifest: Manifest, cohort: StoredCohort) -> None:
         """Raises SignatureError where the manifest is unsigned, signed by another key, or not what was signed."""
         signature: Mapping[str, Any] | None = manifest.signature
         if not signature:
@@ -74,7 +76,7 @@ class Trust:
                 f"{', '.join(sorted(self._keys))}: trust that key too, or refuse its adapters"
             )
         try:
-            key.verify(bytes.fromhex(str(signature.get("value"))), _payload(manifest))
+            key.verify(bytes.fromhex(str(signature.get("value"))), _payload(manifest, cohort))
         except (InvalidSignature, ValueError) as error:
             raise SignatureError(
                 f"{manifest.shown} is not what the key {signature['key']} has signed; do not use it, and find out who "
@@ -87,8 +89,9 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()[:16]
 
 
-def _payload(manifest: Manifest) -> bytes:
-    return canonical({name: getattr(manifest, name) for name in SIGNED}).encode()
+def _payload(manifest: Manifest, cohort: StoredCohort) -> bytes:
+    signed = {name: getattr(manifest, name) for name in SIGNED}
+    return canonical({**signed, "form": cohort.record_digest}).encode()
 
 
 def _read(path: str | os.PathLike[str], load: Any) -> Any:

@@ -8,11 +8,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from popax.cli.main import main
 from popax.errors import CheckpointError, SignatureError
 from popax.store import Catalog, Commit
 from popax.store.database import Database
 from popax.store.extract import extract_user
-from popax.store.records import row_key, seal, unseal, user_key
+from popax.store.records import cohort_key, row_key, seal, unseal, user_key
 from popax.store.signing import Signer, Trust
 
 
@@ -76,6 +77,33 @@ def test_what_was_changed_after_signing_is_refused(signed, keys, make_adapter, l
         trusting = Catalog.open(signed, trusted=Trust.from_pem(keys["ours"][1]))
         with pytest.raises(SignatureError, match="'ada'@1 is not what the key"):
             trusting.load("ada")
+
+
+@pytest.mark.parametrize("part", ["config", "specs", "shared_digest"])
+def test_a_cohort_that_makes_the_same_bytes_mean_something_else_is_refused(signed, keys, part):
+    database = Database.open(signed, create=False)
+    key = cohort_key(Catalog.open(signed).load("ada")[1].cohort)
+    record = unseal(database.kvstore.read(key).result().value)
+    if part == "config":
+        record["config"]["alpha"] = 1e6
+    elif part == "specs":
+        record["specs"][0]["scales"] = [1e6 for _ in record["specs"][0]["scales"]]
+    else:
+        record["shared_digest"] = "f" * 64
+    database.kvstore.write(key, seal(record)).result()
+    with pytest.raises(SignatureError, match="'ada'@1 is not what the key"):
+        Catalog.open(signed, trusted=Trust.from_pem(keys["ours"][1])).load("ada")
+
+
+def test_what_a_signer_derives_is_signed_and_only_from_what_is_trusted(signed, keys, capsys):
+    both = ["--sign", str(keys["ours"][0]), "--trust", str(keys["ours"][1])]
+    command = ["users", "compress", str(signed), "--max_error", "1", *both, "--prefix"]
+    assert main([*command, "ada"]) == 0
+    ours = Catalog.open(signed, trusted=Trust.from_pem(keys["ours"][1]))
+    assert ours.load("ada")[1].derived_from[0][:2] == ("ada", 1)
+    assert main([*command, "mallory"]) == 2
+    assert "not signed" in capsys.readouterr().err
+    assert ours.records(["mallory"])[0].latest == 1
 
 
 def test_published_and_extracted_revisions_are_covered(signed, keys, config, specs, layout, make_adapter):
