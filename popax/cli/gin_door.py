@@ -42,6 +42,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.population.optimizer:sgd",
     "popax.population.optimizer:lion",
     "popax.population.optimizer:constant",
+    "popax.population.optimizer:warmup_constant",
     "popax.population.optimizer:warmup_cosine",
     "popax.training.config:TrainConfig",
     "popax.training.pretrain:PretrainConfig",

@@ -1,6 +1,7 @@
 """Early stopping of ONE user by their own validation slice; vmapped over the population."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,18 @@ def _observe_one(rule: EarlyStop, member: PopulationState, validation: Sums) -> 
     take = member.step > best.checked
     improved = take & better
     stale = jnp.where(improved, 0, best.stale + take.astype(jnp.int32))
+
+    def kept(now: Any, before: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(improved, new, old), now, before)
+
     return member._replace(
         active=member.active & (unknown | (stale < rule.patience)),
         best=Best(
-            adapter=jax.tree.map(lambda now, kept: jnp.where(improved, now, kept), member.adapters, best.adapter),
+            adapter=kept(member.adapters, best.adapter),
             loss=jnp.where(improved & ~unknown, loss, best.loss),
             step=jnp.where(improved, member.step, best.step),
             checked=jnp.maximum(member.step, best.checked),
             stale=stale,
+            opt_state=None if best.opt_state is None else kept(member.opt_state, best.opt_state),
         ),
     )

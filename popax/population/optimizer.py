@@ -34,6 +34,11 @@ def constant() -> Schedule:
     return lambda step, max_steps: jnp.ones((), jnp.float32)
 
 
+def warmup_constant(*, warmup_steps: int) -> Schedule:
+    """Linear from 0 over this many steps, then 1: whatever the number of steps, and so the same when continued."""
+    return lambda step, max_steps: jnp.minimum(1.0, (step.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+
+
 def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedule:
     """Linear from 0 over the first fraction of the user's own steps, then half a cosine down to `floor`."""
 

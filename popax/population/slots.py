@@ -8,20 +8,19 @@ from popax.errors import PopulationError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotTable:
-    """users[i] sits in slot i (None: unused) since iteration since[i]; `next` indexes the queue.
+    """users[i] sits in slot i (None: unused); `next` indexes the queue.
 
     The table is immutable: every change is a new one, so a checkpoint can hold it and a resumed run repeats it.
     """
 
     users: tuple[str | None, ...]
-    since: tuple[int, ...]
     next: int
 
     @classmethod
     def empty(cls, slots: int) -> "SlotTable":
         if slots < 1:
             raise PopulationError(f"slots={slots}: a population needs at least one")
-        return cls(users=(None,) * slots, since=(0,) * slots, next=0)
+        return cls(users=(None,) * slots, next=0)
 
     @property
     def occupied(self) -> list[int]:
@@ -35,18 +34,14 @@ class SlotTable:
         )
 
     def admit(
-        self, queue: Sequence[str], iteration: int, slots: Sequence[int] | None = None
+        self, queue: Sequence[str], slots: Sequence[int] | None = None
     ) -> tuple["SlotTable", list[tuple[int, str]]]:
         """Seat the queue's next users in those of the slots (default: all) that are unused, in order; returns the table
         and the (slot, user) pairs."""
-        users, since, index, seated = list(self.users), list(self.since), self.next, []
+        users, index, seated = list(self.users), self.next, []
         for slot in range(len(users)) if slots is None else slots:
             if users[slot] is None and index < len(queue):
-                users[slot], since[slot] = queue[index], iteration
+                users[slot] = queue[index]
                 seated.append((slot, queue[index]))
                 index += 1
-        return SlotTable(users=tuple(users), since=tuple(since), next=index), seated
-
-    def local_steps(self, iteration: int) -> list[int]:
-        """How many iterations each slot's user has been seated."""
-        return [iteration - start for start in self.since]
+        return SlotTable(users=tuple(users), next=index), seated

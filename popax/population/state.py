@@ -21,13 +21,17 @@ class HParams(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The adapter at the user's best validation so far, and how many validations since have been no better."""
+    """The adapter at the user's best validation so far, and how many validations since have been no better.
+
+    opt_state: the optimizer's at that moment; None where it is not kept.
+    """
 
     adapter: AdapterState
     loss: jax.Array  # float32 nats per target
     step: jax.Array  # int32, at which it was taken
     checked: jax.Array  # int32, the step of the latest validation; -1 before the first
     stale: jax.Array  # int32
+    opt_state: Any = None
 
 
 class PopulationState(NamedTuple):
@@ -64,8 +68,12 @@ def init_member(
     *,
     adapter: AdapterState | None = None,
     track_best: bool = False,
+    keep_optimizer: bool = False,
 ) -> PopulationState:
-    """One user's state at step 0, fresh or from a given adapter (an earlier revision)."""
+    """One user's state at step 0, fresh or from a given adapter (an earlier revision).
+
+    keep_optimizer: where the best adapter is tracked, so is the optimizer's state of that moment.
+    """
     init_key, own_key = jax.random.split(key)
     adapter = cohort.init(init_key) if adapter is None else adapter
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
@@ -78,11 +86,11 @@ def init_member(
         hparams=settings,
         rng=jax.random.key_data(own_key),
         skipped=jnp.zeros((), jnp.int32),
-        best=start_best(adapter) if track_best else None,
+        best=start_best(adapter, opt_state if keep_optimizer else None) if track_best else None,
     )
 
 
-def start_best(adapter: AdapterState) -> Best:
+def start_best(adapter: AdapterState, opt_state: Any = None) -> Best:
     """No validation yet: any finite loss is an improvement."""
     return Best(
         # A buffer of its own: the step donates the state, and no buffer can be donated twice.
@@ -91,26 +99,38 @@ def start_best(adapter: AdapterState) -> Best:
         step=jnp.zeros((), jnp.int32),
         checked=jnp.full((), -1, jnp.int32),
         stale=jnp.zeros((), jnp.int32),
+        opt_state=jax.tree.map(jnp.copy, opt_state),
     )
 
 
 def init_population(
-    cohort: Cohort, optimizer: Optimizer, keys_N: jax.Array, settings: HParams, *, track_best: bool = False
+    cohort: Cohort,
+    optimizer: Optimizer,
+    keys_N: jax.Array,
+    settings: HParams,
+    *,
+    track_best: bool = False,
+    keep_optimizer: bool = False,
 ) -> PopulationState:
     """N fresh members; settings' leaves are [N] or scalars shared by all."""
     population = keys_N.shape[0]
     settings = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population,)), settings)
-    return jax.vmap(lambda key, own: init_member(cohort, optimizer, key, own, track_best=track_best))(keys_N, settings)
+    tracked = {"track_best": track_best, "keep_optimizer": keep_optimizer}
+    return jax.vmap(lambda key, own: init_member(cohort, optimizer, key, own, **tracked))(keys_N, settings)
 
 
 def empty_population(
-    cohort: Cohort, optimizer: Optimizer, population: int, *, track_best: bool = False
+    cohort: Cohort,
+    optimizer: Optimizer,
+    population: int,
+    *,
+    track_best: bool = False,
+    keep_optimizer: bool = False,
 ) -> PopulationState:
     """N unused slots: inactive, adapters zero."""
+    unused, tracked = hparams(learning_rate=0.0, max_steps=0), {"track_best": track_best}
     fill = jax.eval_shape(
-        lambda keys: init_population(
-            cohort, optimizer, keys, hparams(learning_rate=0.0, max_steps=0), track_best=track_best
-        ),
+        lambda keys: init_population(cohort, optimizer, keys, unused, **tracked, keep_optimizer=keep_optimizer),
         jax.random.split(jax.random.key(0), population),
     )
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fill)

@@ -28,16 +28,21 @@ class RowCensus:
         }
 
     def name(self, manifest: Manifest) -> bool:
-        """Note the revision's row; False where another revision has named it before."""
-        place = (manifest.shard, manifest.array)
+        """Note the revision's row and its optimizer's; False where another revision has named one of them before."""
+        first = self._note((manifest.shard, manifest.array), manifest.row)
+        if manifest.optimizer is not None:
+            first &= self._note((manifest.shard, manifest.optimizer_array), manifest.optimizer["row"])
+        return first
+
+    def _note(self, place: tuple[int, str], row: int) -> bool:
         bits = self._named.get(place, np.zeros(0, bool))
-        if manifest.row >= len(bits):
-            longer = np.zeros(max(_LEAST, 2 * len(bits), manifest.row + 1, self._limits.get(place, 0)), bool)
+        if row >= len(bits):
+            longer = np.zeros(max(_LEAST, 2 * len(bits), row + 1, self._limits.get(place, 0)), bool)
             longer[: len(bits)] = bits
             bits = self._named[place] = longer
-        first = not bits[manifest.row]
-        bits[manifest.row] = True
-        return first
+        first = not bits[row]
+        bits[row] = True
+        return bool(first)
 
     def unnamed(self) -> Iterator[tuple[int, str, int]]:
         """(shard, cohort, row) of each row that is there, was before the census began, and was not named."""

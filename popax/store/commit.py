@@ -60,6 +60,7 @@ class Revision:
     hparams: Mapping[str, Any]
     derived_from: tuple[tuple[str, int], ...] = ()
     codec: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] | None = None
     row: int = -1
     shard: int = 0
 
@@ -78,10 +79,10 @@ class Revision:
             codec=codec,
         )
 
-    def placed(self, row: int, shard: int) -> "Revision":
-        """This revision with its place. As `dataclasses.replace` does it, without visiting each field."""
+    def placed(self, row: int, shard: int, optimizer: Mapping[str, Any] | None) -> "Revision":
+        """This revision with its places. As `dataclasses.replace` does it, without visiting each field."""
         made = object.__new__(Revision)
-        made.__dict__.update(self.__dict__, row=row, shard=shard)
+        made.__dict__.update(self.__dict__, row=row, shard=shard, optimizer=optimizer)
         return made
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from popax.store.records import (
     derived_prefix,
     manifest_key,
     manifest_prefix,
-    optimizer_prefix,
+    optimizer_array,
     row_key,
     rows_array,
     scores_prefix,
@@ -124,7 +124,7 @@ def _known(database: Database, transaction: ts.Transaction, user: str) -> UserRe
 
 
 def _prefixes(user: str) -> tuple[str, ...]:
-    return manifest_prefix(user), optimizer_prefix(user), scores_prefix(user)
+    return manifest_prefix(user), scores_prefix(user)
 
 
 def _keys(database: Database, prefix: str) -> list[str]:
@@ -156,7 +156,13 @@ def _rows(manifests) -> list[_Row]:
     def array(one: dict) -> str:
         return rows_array(one["cohort"], (one.get("codec") or {}).get("name"))
 
-    return [_Row(one.get("shard", 0), row_key(array(one), one["row"])) for one in manifests]
+    found = []
+    for one in manifests:
+        found.append(_Row(one.get("shard", 0), row_key(array(one), one["row"])))
+        if kept := one.get("optimizer"):
+            state = row_key(optimizer_array(one["cohort"], kept["layout"]), kept["row"])
+            found.append(_Row(one.get("shard", 0), state))
+    return found
 
 
 def _parents(manifest: dict) -> list[str]:

@@ -5,7 +5,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from popax.store.records import rows_array, shown
+from popax.store.records import optimizer_array, rows_array, shown
 
 T = TypeVar("T")
 
@@ -20,10 +20,10 @@ class Manifest:
     cohort, whose config and base digest are repeated here. row: index in the cohort's rows of the shard `shard`.
     digest: sha256 of the packed row. created: UTC, ISO 8601. run: the training run that committed it; the same run
     committing the same bytes again is not a new revision. derived_from: [user, revision, digest] of each revision that
-    this one was merged, composed, distilled or migrated from. optimizer: what `load_optimizer` reads, None where the
-    optimizer's state was not kept. signature: see `signing`; None where nobody signed it.
-    codec: {"name", "error"} of a row that is stored in fewer bits: `digest` is of what is stored, error is the relative
-    one of what is loaded to what was committed; None for a row that is stored as it is.
+    this one was merged, composed, distilled or migrated from. optimizer: {"layout", "digest", "row"} of what
+    `load_optimizer` reads, None where the optimizer's state was not kept. signature: see `signing`; None where nobody
+    signed it. codec: {"name", "error"} of a row that is stored in fewer bits: `digest` is of what is stored, error the
+    relative one of what is loaded to what was committed; None for a row that is stored as it is.
     """
 
     user: str
@@ -54,6 +54,11 @@ class Manifest:
     def array(self) -> str:
         """The array of rows that its row lies in."""
         return rows_array(self.cohort, self.codec["name"] if self.codec else None)
+
+    @property
+    def optimizer_array(self) -> str:
+        """The array of rows that its optimizer's state lies in; "" without one."""
+        return optimizer_array(self.cohort, self.optimizer["layout"]) if self.optimizer else ""
 
     @property
     def shown(self) -> str:

@@ -11,7 +11,6 @@ from popax.store.cohort import StoredCohort
 from popax.store.commit import Revision
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
-from popax.store.optimizer import PackedOptimizer
 from popax.store.reader import read_users, stored_form
 from popax.store.records import derived_key, manifest_key, seal, shown, unseal, user_key
 from popax.store.signing import Signer
@@ -23,7 +22,6 @@ def new_manifest(
     record: UserRecord | None,
     created: str,
     parents: Mapping[tuple[str, int], str],
-    optimizer: PackedOptimizer | None,
     signer: Signer | None,
 ) -> Manifest:
     """The manifest of the user's next revision. created: the transaction's time. parents: digests of the revisions that
@@ -43,7 +41,7 @@ def new_manifest(
         parent=latest or None,
         run=revision.run,
         derived_from=tuple((user, at, parents[user, at]) for user, at in revision.derived_from),
-        optimizer=optimizer.record if optimizer else None,
+        optimizer=revision.optimizer,
         codec=revision.codec,
         hparams=revision.hparams,
         provenance=revision.provenance,

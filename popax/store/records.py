@@ -119,15 +119,6 @@ def derived_key(parent: str, child: str, revision: int) -> str:
     return f"{derived_prefix(parent)}{user_hash(child)}/{revision:010d}"
 
 
-def optimizer_prefix(user: str) -> str:
-    return f"optimizer/{user_hash(user)}/"
-
-
-def optimizer_key(user: str, revision: int) -> str:
-    """The packed state of the optimizer beside a revision."""
-    return f"{optimizer_prefix(user)}{revision:010d}"
-
-
 def scores_prefix(user: str) -> str:
     return f"scores/{user_hash(user)}/"
 
@@ -153,6 +144,11 @@ def next_row_key(cohort: str) -> str:
 def rows_array(cohort: str, codec: str | None) -> str:
     """The name of the array that a cohort's rows lie in: encoded ones are of another length, and have their own."""
     return cohort if codec is None else f"{cohort}.{codec}"
+
+
+def optimizer_array(cohort: str, layout: str) -> str:
+    """The name of the array that optimizer states of one layout (its digest) lie in, beside their cohort's rows."""
+    return f"{cohort}.optimizer.{layout[:16]}"
 
 
 def rows_path(cohort: str) -> str:

@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from popax.errors import CatalogError, CorruptRevisionError
 from popax.store.audit_rows import RowCensus
 from popax.store.database import Database, storage_errors
-from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
+from popax.store.optimizer import read_optimizer_row
 from popax.store.reader import (
     PARTS,
     Request,
@@ -22,11 +20,11 @@ from popax.store.reader import (
     records_at,
     start_row,
 )
-from popax.store.records import derived_key, manifest_key, optimizer_key, shown, user_key
+from popax.store.records import derived_key, manifest_key, shown, user_key
 from popax.store.registry import CohortRegistry
 
 # Beside a revision, under its user's hash and its number.
-_BESIDE = ("manifest", "optimizer", "scores")
+_BESIDE = ("manifest", "scores")
 # Rows under way at a time: many small ones, few large ones.
 _WINDOW_BYTES, _WINDOW_ROWS = 64 << 20, 2048
 SHOWN_PROBLEMS = 1000
@@ -125,7 +123,7 @@ class _Auditor:
         self._progress(self._found["users"])
 
     def orphans_beside(self, part: str) -> None:
-        """Count manifests, optimizer states and scores of this part that no record leads to."""
+        """Count manifests and scores of this part that no record leads to."""
         for kind in _BESIDE:
             for key in part_keys(self.database, kind, part):
                 # The user may have been committed or pruned since: what is there now decides.
@@ -201,21 +199,22 @@ class _Auditor:
                 Request(manifest.user, manifest.revision), f"row {manifest.row} is another revision's too"
             )
         for parent, _, _ in manifest.derived_from:
-            self._present(manifest, derived_key(parent, manifest.user, manifest.revision), None)
+            self._present(manifest, derived_key(parent, manifest.user, manifest.revision))
         if manifest.optimizer is not None:
-            key = optimizer_key(manifest.user, manifest.revision)
-            self.expected.add(key)
-            self._present(manifest, key, manifest.optimizer["digest"])
-            self._optimizer_states += 1
+            self._optimizer(manifest)
 
-    def _present(self, manifest: Manifest, key: str, digest: str | None) -> None:
+    def _optimizer(self, manifest: Manifest) -> None:
+        try:
+            read_optimizer_row(self.database, manifest)
+            self._optimizer_states += 1
+        except CorruptRevisionError as error:
+            self._revision_problem(Request(manifest.user, manifest.revision), str(error))
+
+    def _present(self, manifest: Manifest, key: str) -> None:
         with storage_errors(self.database.place):
             read = self.database.kvstore.read(key).result()
-        request = Request(manifest.user, manifest.revision)
         if read.state != "value":
-            self._revision_problem(request, f"{key} is not there")
-        elif digest is not None and row_digest(np.frombuffer(read.value, np.uint8)) != digest:
-            self._revision_problem(request, f"its optimizer's state does not have digest {digest}")
+            self._revision_problem(Request(manifest.user, manifest.revision), f"{key} is not there")
 
     def _windows(self, manifests: Sequence[Manifest]) -> Iterator[list[Manifest]]:
         window, size = [], 0

@@ -2,8 +2,8 @@
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorstore as ts
@@ -15,10 +15,10 @@ from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, is_gone, storage_error
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
-from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_optimizers
+from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_layouts
 from popax.store.publishing import digests_of, new_manifest, put_manifests
 from popax.store.reader import latest_manifest, read_users
-from popax.store.records import next_row_key, row_key, rows_array, seal, shown, unseal
+from popax.store.records import next_row_key, optimizer_array, row_key, rows_array, seal, shown, unseal
 from popax.store.signing import Signer
 
 T = TypeVar("T")
@@ -26,6 +26,13 @@ T = TypeVar("T")
 # Writers of other users collide only in the allocation of rows; each round at least one of them gets through.
 ATTEMPTS = 100
 LONGEST_PAUSE_S = 0.1
+
+
+class Packed(NamedTuple):
+    """The bytes of a commit, as they are stored."""
+
+    row: np.ndarray
+    optimizer: PackedOptimizer | None
 
 
 def write(
@@ -37,12 +44,11 @@ def write(
     user appears twice; PopulationError where an adapter does not fit the cohort; StorageError where the store refuses.
     """
     packed, entries = _packed(cohort, commits)
-    beside = {commit.user: pack_optimizer(commit.optimizer) for commit in commits if commit.optimizer is not None}
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
         return place_rows(store, cohort, packed, entries, fresh, shard=0)
 
-    return _write(database, cohort, entries, place, beside, signer)
+    return _write(database, cohort, entries, place, signer)
 
 
 def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], shard: int) -> list[Revision]:
@@ -68,7 +74,7 @@ def publish(
     database: Database, cohort: StoredCohort, staged: Sequence[Revision], signer: Signer | None = None
 ) -> list[Manifest]:
     """The manifests and pointers of staged revisions, of all shards, in one transaction: all are visible, or none."""
-    return _write(database, cohort, staged, lambda store, fresh: [staged[index] for index in fresh], signer=signer)
+    return _write(database, cohort, staged, lambda store, fresh: [staged[index] for index in fresh], signer)
 
 
 def _write(
@@ -76,13 +82,9 @@ def _write(
     cohort: StoredCohort,
     entries: Sequence[Revision],
     place: Callable[[ts.KvStore, Sequence[int]], list[Revision]],
-    beside: Mapping[str, PackedOptimizer] | None = None,
     signer: Signer | None = None,
 ) -> list[Manifest]:
-    """place(store in the transaction, indices of the entries to write): these entries, with the rows they have.
-
-    beside: the optimizer's state of those users who have one. signer: of the new manifests.
-    """
+    """place(store in the transaction, indices of the entries to write): these entries, with the rows they have."""
     _refuse_twice(entries)
     before: list[int] = []
 
@@ -100,11 +102,10 @@ def _write(
         placed = place(store, fresh)
         parents, created = digests_of(database, transaction, placed), now()
         made = [
-            new_manifest(cohort, revision, users[index], created, parents, (beside or {}).get(revision.user), signer)
+            new_manifest(cohort, revision, users[index], created, parents, signer)
             for revision, index in zip(placed, fresh, strict=True)
         ]
         put_manifests(store, [(one, users[index]) for one, index in zip(made, fresh, strict=True)])
-        put_optimizers(store, [(one, beside[one.user]) for one in made if beside and one.user in beside])
         written = iter(made)
         return [manifest or next(written) for manifest in kept]
 
@@ -139,22 +140,35 @@ def retried(database: Database, count: int, work: Callable[[ts.Transaction], T])
 def place_rows(
     store: ts.KvStore,
     cohort: StoredCohort,
-    packed: Sequence[np.ndarray],
+    packed: Sequence[Packed],
     entries: Sequence[Revision],
     fresh: Sequence[int],
     shard: int,
 ) -> list[Revision]:
-    """Put the rows of these entries, each into the array of its codec; returns the entries with their places."""
-    arrays: dict[str, list[int]] = {}
+    """Put the rows of these entries, each into the array of its codec, and what their optimizers keep; returns the
+    entries with their places."""
+    rows: dict[str, list[int]] = {}
+    beside: dict[str, list[int]] = {}
     for index in fresh:
-        codec = entries[index].codec
-        array = rows_array(cohort.id, codec["name"] if codec else None)
-        arrays.setdefault(array, []).append(index)
+        codec, optimizer = entries[index].codec, packed[index].optimizer
+        rows.setdefault(rows_array(cohort.id, codec["name"] if codec else None), []).append(index)
+        if optimizer is not None:
+            beside.setdefault(optimizer_array(cohort.id, optimizer.record["layout"]), []).append(index)
+    places = _write_arrays(store, rows, {index: packed[index].row for index in fresh})
+    states = {index: one for index in fresh if (one := packed[index].optimizer) is not None}
+    put_layouts(store, list(states.values()))
+    state_places = _write_arrays(store, beside, {index: one.row for index, one in states.items()})
+    kept = {index: {**one.record, "row": state_places[index]} for index, one in states.items()}
+    return [entries[index].placed(places[index], shard, kept.get(index)) for index in fresh]
+
+
+def _write_arrays(store: ts.KvStore, arrays: dict[str, list[int]], rows: dict[int, np.ndarray]) -> dict[int, int]:
+    """arrays: whose rows each array takes. Returns the place of each."""
     places: dict[int, int] = {}
     for array, members in arrays.items():
-        start = _write_rows(store, array, [packed[index] for index in members])
+        start = _write_rows(store, array, [rows[index] for index in members])
         places |= {index: row for row, index in enumerate(members, start)}
-    return [entries[index].placed(places[index], shard) for index in fresh]
+    return places
 
 
 def _write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> int:
@@ -168,14 +182,14 @@ def _write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> in
     return start
 
 
-def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[np.ndarray], list[Revision]]:
-    """The rows as they are stored, and what else the commits say."""
+def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[Packed], list[Revision]]:
+    """The bytes as they are stored, and what else the commits say."""
     stored, entries = [], []
     for commit in commits:
         row, codec = cohort.layout.checked(commit.adapter), None
         if commit.codec is not None:
             row, codec = _encoded(cohort, row, commit.codec)
-        stored.append(row)
+        stored.append(Packed(row, None if commit.optimizer is None else pack_optimizer(commit.optimizer)))
         entries.append(Revision.of(commit, row_digest(row), codec))
     return stored, entries
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from popax.adapters.cohort import Cohort
 from popax.modeling.model import Model
 from popax.objectives.sft import sft
+from popax.population.continuation import continuation
 from popax.population.early_stop import observe
 from popax.population.placement import AXIS, Placement
 from popax.population.state import PopulationState, empty_population, selected_adapters
@@ -21,8 +22,8 @@ from popax.training.config import TrainConfig
 class Programs(NamedTuple):
     """step(base, shared, state, batch) and observe(state, sums) give the new state; loss(base, shared, adapters, batch)
     gives sums; seat(state, slot, what Placement.seated gives) gives the new state; take(state, slot) gives what the
-    member keeps, and their counters, for Placement.taken. The state arguments of step, observe and seat are donated.
-    observe is None without early stopping.
+    member keeps, their counters, and what their training goes on with, for Placement.taken. The state arguments of
+    step, observe and seat are donated. observe is None without early stopping.
     """
 
     step: Callable[..., Any]
@@ -40,7 +41,7 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
     step = population_step(cohort, objective, config.optimizer, config.schedule, spmd_axis_name=over)
     loss = population_loss(cohort, objective, spmd_axis_name=over)
     look = functools.partial(observe, config.early_stop) if config.early_stop else None
-    take = functools.partial(_take, placement)
+    take = functools.partial(_take, placement, config.keep_optimizer)
     if placement.mesh is None:
         return Programs(
             step=jax.jit(step, donate_argnums=2),
@@ -79,12 +80,13 @@ def abstract_population(cohort: Cohort, config: TrainConfig) -> PopulationState:
 
 def empty_slots(cohort: Cohort, config: TrainConfig) -> PopulationState:
     """The run's state before anyone is seated."""
-    return empty_population(cohort, config.optimizer, config.slots, track_best=config.early_stop is not None)
+    tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
+    return empty_population(cohort, config.optimizer, config.slots, **tracked)
 
 
-def _take(placement: Placement, state: PopulationState, slot: jax.Array) -> tuple[Any, Any]:
+def _take(placement: Placement, keep_optimizer: bool, state: PopulationState, slot: jax.Array) -> tuple[Any, Any, Any]:
     one = placement.take(state, slot)
     counters = {"steps": one.step, "skipped": one.skipped}
     if one.best is not None:
         counters |= {"kept_step": one.best.step, "validation_loss": one.best.loss}
-    return selected_adapters(one), counters
+    return selected_adapters(one), counters, continuation(one) if keep_optimizer else None

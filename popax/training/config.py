@@ -18,7 +18,9 @@ class TrainConfig:
     Users with fewer rows than steps * batch_size see them at most max_epochs times; users with fewer examples than
     min_examples are left out. checkpoint_every counts iterations of the whole population. validation_rows: how many
     rows of a user's validation slice early stopping looks at. early_stop: None trains
-    every user to the last step and keeps the last adapter.
+    every user to the last step and keeps the last adapter. keep_optimizer: the optimizer's state of the adapter that is
+    kept is committed beside it, and a user who has one goes on from there: steps are counted on, and with a schedule
+    of the step alone (`constant`, `warmup_constant`) two runs give the bytes of one.
     """
 
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
@@ -36,6 +38,7 @@ class TrainConfig:
     validation_rows: int = 4
     seed: int = 0
     remat: Remat = "none"
+    keep_optimizer: bool = False
 
     def __post_init__(self):
         for name in ("slots", "turns", "steps", "checkpoint_every", "validation_rows"):

@@ -90,6 +90,7 @@ class RunFiles:
             provenance={"data": data_provenance(self._dataset, one.user), "seed": self._config.seed},
             hparams=settings,
             run=self._run,
+            optimizer=None if one.optimizer is None else jax.tree.map(np.asarray, one.optimizer),
         )
 
     def save(self, seating: Seating) -> None:
@@ -114,7 +115,7 @@ class RunFiles:
         table = restored.record["table"]
         return Seating(
             restored.step,
-            SlotTable(users=tuple(table["users"]), since=tuple(table["since"]), next=table["next"]),
+            SlotTable(users=tuple(table["users"]), next=table["next"]),
             self._turns.apart(_together(restored.adapters, restored.train_state)),
         )
 

@@ -14,7 +14,8 @@ import numpy as np
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import PopulationError
-from popax.population.state import PopulationState, hparams, init_member
+from popax.population.continuation import continued
+from popax.population.state import HParams, PopulationState, hparams, init_member
 from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest
@@ -32,6 +33,7 @@ class MemberSource:
     """Prepares members ahead of time: fresh ones, or ones that continue the user's latest revision.
 
     steps_of(user): the user's number of steps; it reads the user's text, which is thereby ready when they are seated.
+    With config.keep_optimizer the state that was kept beside a revision is continued, a fresh one where none was.
     Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
     Rows come through residency's loader, those of users who are prefetched together in one batch.
     """
@@ -52,11 +54,13 @@ class MemberSource:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
         self._pending: dict[str, concurrent.futures.Future[PopulationState]] = {}
         self._rows = None if catalog is None else RowLoader(catalog.read_rows, lambda rows: None)
-        make = lambda key, settings, adapter: init_member(  # noqa: E731
-            cohort, config.optimizer, key, settings, adapter=adapter, track_best=config.early_stop is not None
-        )
+        tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
+
+        def make(key: jax.Array, settings: HParams, adapter: AdapterState | None) -> PopulationState:
+            return init_member(cohort, config.optimizer, key, settings, adapter=adapter, **tracked)
+
         self._fresh = jax.jit(lambda key, settings: make(key, settings, None))
-        self._continued = jax.jit(make)
+        self._from_adapter = jax.jit(make)
 
     def prefetch(self, users: Sequence[str]) -> None:
         """Start loading these users, those who continue in one batched read; `start` then finds them ready."""
@@ -103,7 +107,14 @@ class MemberSource:
                 f"{self._config.adapter}: a user continues with the configuration they have; commit to another "
                 "catalog to begin anew with another one"
             )
-        return self._continued(key, settings, self._catalog.cohort_of(manifest).layout.unpack(row.result()))
+        adapter = self._catalog.cohort_of(manifest).layout.unpack(row.result())
+        fresh = self._from_adapter(key, settings, adapter)
+        if not self._config.keep_optimizer or manifest.optimizer is None:
+            return fresh
+        try:
+            return continued(fresh, self._catalog.load_optimizer(manifest))
+        except PopulationError as error:
+            raise PopulationError(f"{manifest.shown}: {error}") from error
 
     def _parent(self, user: str) -> int | None:
         if self._catalog is None or not self._catalog.exists(user):
@@ -114,11 +125,15 @@ class MemberSource:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One user's result, still on the device; counters: the member's own scalars (steps, skipped, kept_step, ...)."""
+    """One user's result, still on the device; counters: the member's own scalars (steps, skipped, kept_step, ...).
+
+    optimizer: what `continued` takes, None where it is not kept.
+    """
 
     user: str
     adapter: AdapterState
     counters: dict[str, Any]
+    optimizer: dict[str, Any] | None = None
 
 
 class RevisionWriter:

@@ -155,21 +155,22 @@ class PopulationStream:
     def _steps(self, turn: Turn) -> tuple[Turn, list[StepMetrics]]:
         """A round's steps, and validation."""
         metrics, state, iteration = [], turn.state, turn.iteration
-        batch = self._submit(turn, iteration)
+        # Each member's own: who continues with what was kept does not begin with the first batch.
+        begun_N = self._placement.host(turn.state.step)
+        batch = self._submit(turn, begun_N)
         for index in range(self._config.round_length):
             ready = batch.result()
             if index + 1 < self._config.round_length:
-                batch = self._submit(turn, iteration + 1)  # built while the device runs this step
+                batch = self._submit(turn, begun_N + np.int32(index + 1))  # built while the device runs this step
             state, step_metrics = self._programs.step(self._base, self._shared, state, ready)
             metrics.append(step_metrics)
             iteration += 1
         return self._validate(turn._replace(iteration=iteration, state=state)), metrics
 
-    def _submit(self, turn: Turn, iteration: int) -> concurrent.futures.Future[Batch]:
+    def _submit(self, turn: Turn, steps_N: np.ndarray) -> concurrent.futures.Future[Batch]:
         here = self._placement.local(turn.users)
         users = [user if user is not None and self._source.steps_of(user) else None for user in here]
-        local_steps = turn.table.local_steps(iteration)
-        steps = self._placement.local([local_steps[seat] for seat in turn.seats])
+        steps = self._placement.local(steps_N.tolist())
         return self._batches.submit(lambda: self._placement.rows(self._data.population(users, steps)))
 
     def _validate(self, turn: Turn) -> Turn:
@@ -195,7 +196,7 @@ class PopulationStream:
         return turn._replace(table=turn.table.release([turn.seats[slot] for slot in done]))
 
     def _seat(self, turn: Turn) -> Turn:
-        table, seated = turn.table.admit(self._queue, turn.iteration, turn.seats)
+        table, seated = turn.table.admit(self._queue, turn.seats)
         found = [(turn.seats.index(seat), user) for seat, user in seated]
         self._source.prefetch([user for slot, user in found if self._placement.holds(slot)])
         if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
