@@ -1,6 +1,7 @@
 """Hugging Face PEFT directories (LoRA) in and out: adapter_config.json and adapter_model.safetensors."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ def save_peft(
         WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
     }
     return _write_directory(Path(directory), files, overwrite)
+
+
+def directory_digests(directory: str | os.PathLike[str]) -> dict[str, str]:
+    """sha256 of a PEFT directory's files, by their names: where an imported adapter comes from."""
+    files = [Path(directory) / name for name in (CONFIG, WEIGHTS)]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()}
 
 
 def load_peft(

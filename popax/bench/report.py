@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 
 import popax
+from popax.version import commit
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore")
 
@@ -63,18 +63,6 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     return report
 
 
-def commit() -> str:
-    """The checkout's commit, `+changed` where tracked files differ from it; the package's version elsewhere."""
-    root = Path(popax.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return f"popax {popax.__version__}"
-    try:
-        head = _git(root, "rev-parse", "--short=12", "HEAD")
-        return head + ("+changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return f"popax {popax.__version__}"
-
-
 def versions() -> dict[str, str]:
     """Python's, popax's and the numerical libraries' versions."""
     found = {"python": platform.python_version(), "popax": popax.__version__}
@@ -95,11 +83,6 @@ def device() -> dict[str, Any]:
         "count": len(devices),
         "host_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from popax.cli.base import add_base, base_of
 from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.keys import add_trust, trust_of
 from popax.cli.main import add_json
 from popax.cli.users.shared import printable, which
 
@@ -53,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retention_rows", type=int, default=64, metavar="N", help="rows of that text (default 64)")
     parser.add_argument("--revision", metavar="WHICH", help="to score: latest (default), promoted, a number, or a tag")
+    add_trust(parser)
     add_json(parser)
 
 
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     base, tokenizer = base_of(args), load_tokenizer(args.tokenizer or args.base)
     check_fits(base.model, tokenizer, data.seq_len)
     recording = args.record or args.promote
-    catalog = Catalog.open(args.catalog, read_only=not recording)
+    catalog = Catalog.open(args.catalog, read_only=not recording, trusted=trust_of(args))
     everyone = Catalog.open(args.shared, read_only=True) if args.shared else None
     with tempfile.TemporaryDirectory() as scratch:  # where raw sources are built; a dataset stays where it is
         dataset = open_users(args.data, Path(scratch), columns)

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from popax.adapters.cohort import Cohort
-    from popax.adapters.peft import load_peft
+    from popax.adapters.peft import directory_digests, load_peft
     from popax.modeling.base import open_base
     from popax.store.catalog import Catalog
     from popax.store.layout import RowLayout
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     cohort = Cohort.of(config, base.model.sites())
     catalog = Catalog.open(args.catalog, create=True, signer=signer_of(args))
     stored = catalog.cohort(config, cohort.specs, base.digest, RowLayout.of(adapter))
-    provenance = {"imported": os.path.basename(os.path.abspath(args.directory))}
-    manifest = catalog.commit(stored, args.user, adapter, provenance=provenance)
+    source = {"directory": os.path.basename(os.path.abspath(args.directory)), **directory_digests(args.directory)}
+    manifest = catalog.commit(stored, args.user, adapter, provenance={"imported": source})
     if args.json:
         write_output(args.json, json.dumps(manifest.to_dict(), indent=2) + "\n")
     print(f"{manifest.shown}: {config.method} of {len(cohort.specs)} sites, base {base.digest[:12]}")

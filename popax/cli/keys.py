@@ -24,10 +24,10 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 def signer_of(args: argparse.Namespace) -> "Signer | None":
     from popax.store.signing import Signer
 
-    return Signer.from_pem(args.sign) if args.sign else None
+    return Signer.from_pem(path) if (path := getattr(args, "sign", None)) else None
 
 
 def trust_of(args: argparse.Namespace) -> "Trust | None":
     from popax.store.signing import Trust
 
-    return Trust.from_pem(*args.trust) if args.trust else None
+    return Trust.from_pem(*paths) if (paths := getattr(args, "trust", None)) else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from popax.cli.base import add_base, base_of
 from popax.cli.eval import add_data, finish
 from popax.cli.gin_door import GinDoor, add_arguments
-from popax.cli.keys import add_sign, signer_of
+from popax.cli.keys import add_sign, add_trust, signer_of, trust_of
 from popax.cli.main import add_json
 from popax.cli.processes import add_processes, open_mesh
 
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--everyone", action="store_true", help="also users without new data since their revision")
     parser.add_argument("--no_table", action="store_true", help="neither train the shared adapter nor compare")
     add_sign(parser)
+    add_trust(parser)
     add_processes(parser)
     add_json(parser)
 
@@ -115,7 +116,7 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     # What does not fit is refused before anything is read or written.
     check_fits(base.model, tokenizer, data.seq_len)
     Cohort.of(config.adapter, base.model.sites())
-    signer = signer_of(args)
+    keys = {"signer": signer_of(args), "trusted": trust_of(args)}
     first = ProcessGroup.current().leader_first
     dataset = first(lambda: open_users(args.data, out / "data", columns, progress=sys.stderr.isatty()))
     users = select_users(dataset, at_least=args.users_with_at_least)
@@ -124,7 +125,7 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
         pipeline=UserPipeline(dataset, tokenizer, data),
         config=config,
         evaluation=evaluation,
-        catalog=first(lambda: Catalog.open(args.catalog or str(out / "catalog"), create=True, signer=signer)),
+        catalog=first(lambda: Catalog.open(args.catalog or str(out / "catalog"), create=True, **keys)),
         users=users,
         directory=out,
         mesh=mesh,

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import popax
 from popax.adapters.cohort import Cohort
 from popax.errors import DataError
 from popax.evaluation.columns import EvalConfig, HeldOut, Scorer, bits_per_byte
@@ -19,6 +18,7 @@ from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest, now
 from popax.store.scores import Scores
 from popax.types import AdapterState, Batch
+from popax.version import code_version
 
 
 class OneText:
@@ -33,7 +33,11 @@ class OneText:
     @classmethod
     def of(cls, data: HeldOut, users: Sequence[str], config: EvalConfig, max_rows: int) -> "OneText":
         """The first rows of these users' text, so many in all."""
-        parts = [data.evaluation([user], config.split, max_rows) for user in users]
+        parts: list[Batch] = []
+        for user in users:  # no further than the rows reach: a retention text may be of very many
+            parts.append(data.evaluation([user], config.split, max_rows))
+            if sum(part.tokens_BxT.shape[1] for part in parts) >= max_rows:
+                break
         rows = jax.tree.map(lambda *leaves: np.concatenate([leaf[0] for leaf in leaves])[:max_rows], *parts)
         return cls(rows)
 
@@ -99,7 +103,7 @@ def score_revisions(
                     target_bytes=int(sums.target_bytes[at]),
                     norm=float(norm[at]),
                     created=now(),
-                    version=popax.__version__,
+                    version=code_version(),
                     retention=None if kept is None else float(kept[at]),
                     base_retention=known,
                     data=dict(data_of(manifest.user)),

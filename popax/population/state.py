@@ -115,8 +115,11 @@ def init_population(
     """N fresh members; settings' leaves are [N] or scalars shared by all."""
     population = keys_N.shape[0]
     settings = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population,)), settings)
-    tracked = {"track_best": track_best, "keep_optimizer": keep_optimizer}
-    return jax.vmap(lambda key, own: init_member(cohort, optimizer, key, own, **tracked))(keys_N, settings)
+
+    def make(key: jax.Array, own: HParams) -> PopulationState:
+        return init_member(cohort, optimizer, key, own, track_best=track_best, keep_optimizer=keep_optimizer)
+
+    return jax.vmap(make)(keys_N, settings)
 
 
 def empty_population(
@@ -128,9 +131,11 @@ def empty_population(
     keep_optimizer: bool = False,
 ) -> PopulationState:
     """N unused slots: inactive, adapters zero."""
-    unused, tracked = hparams(learning_rate=0.0, max_steps=0), {"track_best": track_best}
+    unused = hparams(learning_rate=0.0, max_steps=0)
     fill = jax.eval_shape(
-        lambda keys: init_population(cohort, optimizer, keys, unused, **tracked, keep_optimizer=keep_optimizer),
+        lambda keys: init_population(
+            cohort, optimizer, keys, unused, track_best=track_best, keep_optimizer=keep_optimizer
+        ),
         jax.random.split(jax.random.key(0), population),
     )
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fill)

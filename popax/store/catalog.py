@@ -47,7 +47,7 @@ class Catalog:
     def __init__(
         self, database: Database, *, read_only: bool = False, signer: Signer | None = None, trusted: Trust | None = None
     ):
-        self._database, self._read_only, self._signer = database, read_only, signer
+        self._database, self._read_only, self._signer, self._trusted = database, read_only, signer, trusted
         self._registry = CohortRegistry(database)
         self._loader = RevisionLoader(database, self._registry, trusted)
 
@@ -276,7 +276,7 @@ class Catalog:
         self, users: Sequence[str] | None = None, *, progress: Callable[[int], None] = lambda users: None
     ) -> Audit:
         """Read and check every revision of these users, or of all; see `verify.verify`."""
-        return verify(self._database, self._registry, users=users, progress=progress)
+        return verify(self._database, self._registry, users=users, trusted=self._trusted, progress=progress)
 
     def gc(self, *, grace_s: float = GRACE_S, say: Callable[[str], None] = lambda line: None) -> Collected:
         """Give back the bytes of what was deleted, replaced or abandoned; see `gc.collect`."""

@@ -10,7 +10,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-import popax
 from popax.distributed.group import ProcessGroup
 from popax.errors import CheckpointError, StorageError
 from popax.store.cohort import StoredCohort
@@ -29,6 +28,7 @@ from popax.store.leaves import (
 )
 from popax.trees import flatten_named, unflatten_named
 from popax.types import AdapterState
+from popax.version import code_version
 
 ADAPTERS, TRAIN_STATE, RECORD = "adapters", "train_state", "record"
 RECORD_FILE = "metadata"  # the name Orbax's JSON handler gives its file
@@ -106,7 +106,7 @@ class CheckpointStore:
         if step in self._manager.all_steps():
             raise CheckpointError(f"{self._directory} already holds step {step}; save a later step, or delete it")
         description = {
-            "version": popax.__version__,
+            "version": code_version(),
             "layout": RowLayout.of(one_member(adapters)).to_dict(),
             ADAPTERS: {name: describe(leaf) for name, leaf in members.items()},
             TRAIN_STATE: {name: describe(leaf) for name, leaf in state.items()},

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 import tensorstore as ts
 
-import popax
 from popax.errors import RevisionNotFoundError
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Revision
@@ -14,6 +13,7 @@ from popax.store.manifest import Manifest, UserRecord
 from popax.store.reader import read_users, stored_form
 from popax.store.records import derived_key, manifest_key, seal, shown, unseal, user_key
 from popax.store.signing import Signer
+from popax.version import code_version
 
 
 def new_manifest(
@@ -37,7 +37,7 @@ def new_manifest(
         base_digest=cohort.base_digest,
         config=cohort.config_record,
         created=created,
-        version=popax.__version__,
+        version=code_version(),
         parent=latest or None,
         run=revision.run,
         derived_from=tuple((user, at, parents[user, at]) for user, at in revision.derived_from),

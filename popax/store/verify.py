@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from popax.errors import CatalogError, CorruptRevisionError
+from popax.errors import CatalogError, CorruptRevisionError, SignatureError
 from popax.store.audit_rows import RowCensus
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import Manifest, UserRecord
@@ -22,6 +22,7 @@ from popax.store.reader import (
 )
 from popax.store.records import derived_key, manifest_key, shown, user_key
 from popax.store.registry import CohortRegistry
+from popax.store.signing import Trust
 
 # Beside a revision, under its user's hash and its number.
 _BESIDE = ("manifest", "scores")
@@ -71,15 +72,17 @@ def verify(
     registry: CohortRegistry,
     *,
     users: Sequence[str] | None = None,
+    trusted: Trust | None = None,
     progress: Callable[[int], None] = lambda users: None,
 ) -> Audit:
     """Read every revision of these users (default: all, and look for orphans): records against their seals, pointers
-    against revisions, rows and optimizer states against their digests, each row named once.
+    against revisions, rows and optimizer states against their digests, each row named once; with keys to trust,
+    signatures too.
 
     progress(users read so far) is called now and then. Others may write meanwhile: what they change is read again
     before it is called wrong. Raises StorageError where the store cannot be read, never for what it finds.
     """
-    audit = _Auditor(database, registry, progress)
+    audit = _Auditor(database, registry, trusted, progress)
     if users is not None:
         audit.part([user_key(user) for user in users], asked=dict(zip(map(user_key, users), users, strict=True)))
         return audit.result()
@@ -93,8 +96,10 @@ def verify(
 
 
 class _Auditor:
-    def __init__(self, database: Database, registry: CohortRegistry, progress: Callable[[int], None]):
-        self.database, self.registry, self._progress = database, registry, progress
+    def __init__(
+        self, database: Database, registry: CohortRegistry, trusted: Trust | None, progress: Callable[[int], None]
+    ):
+        self.database, self.registry, self._trusted, self._progress = database, registry, trusted, progress
         self.rows = RowCensus(database)
         self._found: dict[str, int] = dict.fromkeys(("users", "revisions", "rows", "row_bytes"), 0)
         self._optimizer_states = self._orphan_records = self._problem_count = 0
@@ -202,6 +207,14 @@ class _Auditor:
             self._present(manifest, derived_key(parent, manifest.user, manifest.revision))
         if manifest.optimizer is not None:
             self._optimizer(manifest)
+        if self._trusted is not None:
+            self._signature(manifest, self._trusted)
+
+    def _signature(self, manifest: Manifest, trusted: Trust) -> None:
+        try:
+            trusted.check(manifest, self.registry.known(manifest.cohort))
+        except SignatureError as error:
+            self._revision_problem(Request(manifest.user, manifest.revision), str(error))
 
     def _optimizer(self, manifest: Manifest) -> None:
         try:

@@ -57,6 +57,13 @@ def data_provenance(dataset: UserDataset, user: str) -> dict[str, Any]:
     return {"examples": len(examples), "digest": digest.hexdigest(), **({"range": times} if times else {})}
 
 
+def together_provenance(dataset: UserDataset, users: Sequence[str]) -> dict[str, Any]:
+    """Of an adapter that is trained on all of their text: how many they are, and the digest over each one's digest."""
+    own = [data_provenance(dataset, user) for user in users]
+    digest = hashlib.sha256(json.dumps([[user, one["digest"]] for user, one in zip(users, own, strict=True)]).encode())
+    return {"users": len(users), "examples": sum(one["examples"] for one in own), "digest": digest.hexdigest()}
+
+
 def users_with_new_data(
     dataset: UserDataset, catalog: Catalog, users: Sequence[str], base_digest: str, config: AdapterConfig
 ) -> list[str]:

@@ -21,6 +21,7 @@ from popax.store.layout import RowLayout
 from popax.training.config import TrainConfig
 from popax.training.console import PopulationWatch, Unwatched, step_bar
 from popax.training.files import shared_arrays
+from popax.training.record import together_provenance
 from popax.training.run import RunReport, train_population
 from popax.training.shared_adapter import train_shared_adapter
 
@@ -117,5 +118,7 @@ def keep_shared_adapter(
     layout = RowLayout.of(cohort.abstract())
     stored = kept.cohort(config.adapter, cohort.specs, base.digest, layout, shared or None)
     adapter = jax.tree.map(lambda leaf: np.asarray(leaf[0]), adapters)
-    kept.commit(stored, EVERYONE, adapter, provenance={"users": len(learners)}, run=run)
+    provenance = {"data": together_provenance(pipeline.dataset, learners), "seed": config.seed}
+    settings = {"learning_rate": config.learning_rate, "steps": config.steps, "clip_norm": config.clip_norm}
+    kept.commit(stored, EVERYONE, adapter, provenance=provenance, hparams=settings, run=run)
     return kept

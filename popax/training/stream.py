@@ -156,7 +156,7 @@ class PopulationStream:
         """A round's steps, and validation."""
         metrics, state, iteration = [], turn.state, turn.iteration
         # Each member's own: who continues with what was kept does not begin with the first batch.
-        begun_N = self._placement.host(turn.state.step)
+        begun_N = np.asarray(self._placement.host(turn.state.step))
         batch = self._submit(turn, begun_N)
         for index in range(self._config.round_length):
             ready = batch.result()

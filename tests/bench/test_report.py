@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-import popax
 from popax.adapters.base import AdapterConfig
 from popax.bench import report
 
@@ -49,8 +48,3 @@ def test_other_json_is_refused(tmp_path):
     path.write_text('{"name": "x"}')
     with pytest.raises(ValueError, match="lacks commit, config"):
         report.read_report(path)
-
-
-def test_commit_is_the_version_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(popax, "__file__", str(tmp_path / "popax" / "__init__.py"))
-    assert report.commit() == f"popax {popax.__version__}"

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from popax.bench.report import commit, versions
+from popax.bench.report import versions
 from popax.kernels import tuning
 from popax.kernels.op import Op
+from popax.version import commit
 
 
 def row(op: Op, spec: Any, dtype: Any, implementation: str, blocks: Any, why: Mapping[str, Any]) -> dict[str, Any]:

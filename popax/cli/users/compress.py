@@ -3,9 +3,9 @@
 import argparse
 import math
 
-from popax.cli.keys import add_sign, add_trust, signer_of, trust_of
+from popax.cli.keys import add_sign, add_trust
 from popax.cli.main import add_json
-from popax.cli.users.shared import add_catalog, add_filters, counting, filters_of, printable, write_json
+from popax.cli.users.shared import add_catalog, add_filters, counting, filters_of, open_catalog, printable, write_json
 
 NAME = "compress"
 HELP = "Commit users' latest revisions again in fewer bits, where that changes them little enough; say what it cost."
@@ -26,13 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from popax.errors import CatalogError
-    from popax.store.catalog import Catalog
     from popax.store.compress import compress
     from popax.store.filters import UserFilter
 
     if not 0 <= args.max_error < math.inf:
         raise CatalogError(f"--max_error {args.max_error}: a number, not negative")
-    catalog = Catalog.open(args.catalog, signer=signer_of(args), trusted=trust_of(args))
+    catalog = open_catalog(args, write=True)
     users = [record.user for record, _ in catalog.users(UserFilter(**filters_of(args)))]
     found = compress(catalog, users, codec=args.codec, max_error=args.max_error, progress=counting("users looked at"))
     write_json(args, [one._asdict() for one in found])

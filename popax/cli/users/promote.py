@@ -3,6 +3,7 @@
 import argparse
 
 from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.keys import add_trust
 from popax.cli.main import add_json
 from popax.cli.users.shared import add_catalog, add_revision, add_user, open_catalog, user_line, which, write_json
 
@@ -19,6 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_user(parser)
     add_revision(parser, "latest")
     add_arguments(parser)
+    add_trust(parser)
     add_json(parser)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from popax.cli.keys import signer_of, trust_of
 from popax.cli.main import write_output
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ def filters_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_catalog(args: argparse.Namespace, *, write: bool = False) -> "Catalog":
+    """The catalog, with the keys of --sign and --trust where the command has them."""
     from popax.store.catalog import Catalog
 
-    return Catalog.open(args.catalog, read_only=not write)
+    return Catalog.open(args.catalog, read_only=not write, signer=signer_of(args), trusted=trust_of(args))
 
 
 def which(text: str | None) -> "Which":

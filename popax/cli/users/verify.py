@@ -3,6 +3,7 @@
 import argparse
 import time
 
+from popax.cli.keys import add_trust
 from popax.cli.main import add_json
 from popax.cli.users.shared import add_catalog, counting, open_catalog, printable, table, write_json
 
@@ -15,6 +16,7 @@ EXIT_PROBLEMS = 1
 def configure(parser: argparse.ArgumentParser) -> None:
     add_catalog(parser)
     parser.add_argument("user", nargs="*", help="only these users (default: all, and what no user's record leads to)")
+    add_trust(parser)
     add_json(parser)
 
 
