@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from popax.store.bases import named_basis
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import Manifest
 from popax.store.reader import keys_under
@@ -32,6 +33,8 @@ class RowCensus:
         first = self._note((manifest.shard, manifest.array), manifest.row)
         if manifest.optimizer is not None:
             first &= self._note((manifest.shard, manifest.optimizer_array), manifest.optimizer["row"])
+        if (basis := named_basis(manifest)) is not None:  # of many revisions at once
+            self._note((0, basis[0]), basis[1])
         return first
 
     def _note(self, place: tuple[int, str], row: int) -> bool:

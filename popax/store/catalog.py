@@ -11,7 +11,8 @@ import tensorstore as ts
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import CatalogError, PopulationError
 from popax.store import deletion, pointers
-from popax.store.codec import codec_of, encoded_bytes
+from popax.store.bases import BasisShelf
+from popax.store.codec import RowCodec
 from popax.store.cohort import StoredCohort, cohort_id
 from popax.store.commit import Commit, CommitFields, Revision
 from popax.store.database import Database, storage_errors
@@ -24,7 +25,6 @@ from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import read_optimizer
 from popax.store.pointers import Which
 from popax.store.reader import all_users, read_users
-from popax.store.records import rows_array
 from popax.store.registry import CohortRegistry
 from popax.store.scores import Scores, promote_scored, put_scores, read_scores
 from popax.store.signing import Signer, Trust
@@ -105,6 +105,15 @@ class Catalog:
         """The frozen arrays that all of the cohort's users share: {} where its method has none."""
         return self._registry.shared(cohort)
 
+    def codec_of(self, manifest: Manifest) -> RowCodec | None:
+        """How a revision's row is stored, None where as it is."""
+        return self._registry.codec(manifest)
+
+    @property
+    def bases(self) -> BasisShelf:
+        """What clusters of users share, for rows that are stored as coefficients (`basis.BasisCodec`)."""
+        return self._registry.bases
+
     def commit(
         self, cohort: StoredCohort, user: str, adapter: AdapterState, **fields: Unpack[CommitFields]
     ) -> Manifest:
@@ -120,7 +129,6 @@ class Catalog:
         full or the store refuses.
         """
         self._check_writable(cohort)
-        self._create_arrays(cohort, commits)
         return write(self._database, cohort, commits, self._signer) if commits else []
 
     def stage_batch(self, cohort: StoredCohort, commits: Sequence[Commit], *, shard: int) -> list[Revision]:
@@ -133,7 +141,6 @@ class Catalog:
             return []
         with storage_errors(self._database.place):
             self._database.create_rows(cohort.id, cohort.layout.row_bytes, shard)
-        self._create_arrays(cohort, commits, shard)
         return stage(self._database, cohort, commits, shard)
 
     def publish(self, cohort: StoredCohort, staged: Sequence[Revision], *, shards: int) -> list[Manifest]:
@@ -144,13 +151,6 @@ class Catalog:
         self._check_writable(cohort)
         self._database.declare_shards(shards)
         return publish(self._database, cohort, staged, self._signer) if staged else []
-
-    def _create_arrays(self, cohort: StoredCohort, commits: Sequence[Commit], shard: int = 0) -> None:
-        """Of the codecs that these commits name: their rows are of other lengths."""
-        for name in {commit.codec for commit in commits if commit.codec is not None}:
-            with storage_errors(self._database.place):
-                size = encoded_bytes(codec_of(name), cohort.layout)
-                self._database.create_rows(rows_array(cohort.id, name), size, shard)
 
     def _check_writable(self, cohort: StoredCohort) -> None:
         self._writable("commit")
@@ -253,7 +253,7 @@ class Catalog:
         The bytes are unreachable when this returns, and gone from the files after `gc`.
         """
         self._writable("delete")
-        return deletion.delete(self._database, user)
+        return deletion.delete(self._database, user)._replace(bases=tuple(self.bases.fitted_on(user)))
 
     def prune(self, user: str, *, before: int) -> list[int]:
         """Remove the user's revisions below `before`; returns them. See `deletion.prune`."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from popax.store.codec import RowCodec
 from popax.store.records import as_stored
 from popax.types import AdapterState
 
@@ -20,7 +21,7 @@ class CommitFields(TypedDict, total=False):
     run: str | None
     derived_from: Sequence[tuple[str, int]]
     optimizer: Mapping[str, Any] | None
-    codec: str | None
+    codec: RowCodec | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Commit:
     adapter: the tree, or its packed row (uint8 [row_bytes], as `Catalog.pack` makes them for a whole population).
     parent: "latest" continues whatever is latest, a number must be the latest, None must be the user's first. run: see
     `Manifest.run`. derived_from: (user, revision) of each revision that this one was made from. optimizer: a nested
-    dict of arrays, kept beside the revision so that its training continues exactly. codec: store the row in fewer bits
-    (`codec.CODECS`); what that costs is in the manifest.
+    dict of arrays, kept beside the revision so that its training continues exactly. codec: store the row in another
+    form, one of `codec.CODECS` by its name or a `basis.BasisCodec`; what that costs is in the manifest.
     """
 
     user: str
@@ -44,7 +45,7 @@ class Commit:
     run: str | None = None
     derived_from: Sequence[tuple[str, int]] = ()
     optimizer: Mapping[str, Any] | None = None
-    codec: str | None = None
+    codec: RowCodec | str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import tensorstore as ts
 
 from popax.errors import CatalogError, CorruptRevisionError, RevisionNotFoundError
+from popax.store.bases import Fitted
+from popax.store.codec import rows_label
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import UserRecord
 from popax.store.reader import keys_under, read_users
@@ -38,11 +40,13 @@ class Derived(NamedTuple):
 
 
 class Deletion(NamedTuple):
-    """What was removed, and what it taints: revisions of others that hold something of it, and are still there."""
+    """What was removed, and what it taints: revisions of others that hold something of it, and bases that were fitted
+    on it among others (`UserFilter.basis` finds who is written in them). All of these are still there."""
 
     user: str
     revisions: int
-    tainted: tuple[Derived, ...]
+    tainted: tuple[Derived, ...] = ()
+    bases: tuple[Fitted, ...] = ()
 
 
 class _Row(NamedTuple):
@@ -63,7 +67,7 @@ def delete(database: Database, user: str) -> Deletion:
         keys = [user_key(user), *(key for prefix in _prefixes(user) for key in _keys(database, prefix))]
         keys += [derived_key(parent, user, at) for at, one in records.items() for parent in _parents(one)]
         _erase(database, transaction, keys, rows)
-        return Deletion(user, len(records), ()), rows
+        return Deletion(user, len(records)), rows
 
     done, rows = retried(database, 1, work)
     _erase_in_other_shards(database, rows)
@@ -154,7 +158,7 @@ def _manifests(
 
 def _rows(manifests) -> list[_Row]:
     def array(one: dict) -> str:
-        return rows_array(one["cohort"], (one.get("codec") or {}).get("name"))
+        return rows_array(one["cohort"], rows_label(one.get("codec")))
 
     found = []
     for one in manifests:

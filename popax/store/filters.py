@@ -14,9 +14,10 @@ Status = Literal["promoted", "candidate"]
 class UserFilter:
     """What a user's record and latest revision must be; what is None is not asked for.
 
-    prefix: of the id. base: the digest of the base, or its start. cohort: its id, or its start. method: of the adapter.
-    status: "promoted": serving follows the latest revision; "candidate": it does not. tag: one of the user's. since,
-    until: when the latest revision was committed, UTC, ISO 8601 (a date alone is its midnight): since <= time < until.
+    prefix: of the id. base: the digest of the base, or its start. cohort: its id, or its start. method: of the
+    adapter. status: "promoted": serving follows the latest revision; "candidate": it does not. tag: one of the user's.
+    basis: the digest, or its start, of the basis that the row is written in. since, until: when the latest revision was
+    committed, UTC, ISO 8601 (a date alone is its midnight): since <= time < until.
     Raises CatalogError on a status or a time that is none.
     """
 
@@ -26,6 +27,7 @@ class UserFilter:
     method: str | None = None
     status: Status | None = None
     tag: str | None = None
+    basis: str | None = None
     since: str | None = None
     until: str | None = None
 
@@ -45,6 +47,7 @@ class UserFilter:
             and self.method in (None, latest.config["method"])
             and self.status in (None, "promoted" if record.promoted == record.latest else "candidate")
             and (self.tag is None or self.tag in record.tags)
+            and (self.basis is None or (latest.codec or {}).get("basis", "").startswith(self.basis))
             and (self.since is None or latest.created >= self.since)
             and (self.until is None or latest.created < self.until)
         )

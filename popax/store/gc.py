@@ -19,6 +19,7 @@ import tensorstore as ts
 
 from popax.errors import CatalogError
 from popax.store.audit_rows import RowCensus
+from popax.store.bases import stale_index
 from popax.store.database import Database, storage_errors
 from popax.store.reader import PARTS, Request, chunks, latest_manifest, part_keys, read_manifests, records_at
 from popax.store.records import BrokenRecordError, row_key, seal, unseal
@@ -135,6 +136,8 @@ def _collect_rows(
             gone = list(set(gone).intersection(_unnamed(database, registry)))
             erased = [database.shard(shard).write(row_key(cohort, row), None) for shard, cohort, row in gone]
             for done in erased:
+                done.result()
+            for done in [database.kvstore.write(key, None) for key in stale_index(database)]:
                 done.result()
     waiting = sorted(set(unnamed).difference(gone)) if grace_s > 0 else []
     return Collected(rows_removed=len(gone), rows_waiting=len(waiting)), waiting

@@ -8,7 +8,6 @@ import numpy as np
 import tensorstore as ts
 
 from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFoundError
-from popax.store.codec import codec_of, decode
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.pointers import Which, resolve
@@ -92,9 +91,8 @@ class RevisionLoader:
 
     def _finish(self, manifest: Manifest, future: ts.Future) -> np.ndarray:
         stored = finish_row(self._database, manifest, future)
-        if manifest.codec is None:
-            return stored
-        return decode(codec_of(manifest.codec["name"]), self._registry.known(manifest.cohort).layout, stored)
+        codec = self._registry.codec(manifest)
+        return stored if codec is None else codec.decode(self._registry.known(manifest.cohort).layout, stored)
 
     def _row_bytes(self, manifest: Manifest) -> int:
         return self._registry.known(manifest.cohort).layout.row_bytes

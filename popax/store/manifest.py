@@ -5,6 +5,7 @@ import datetime
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from popax.store.codec import rows_label
 from popax.store.records import optimizer_array, rows_array, shown
 
 T = TypeVar("T")
@@ -22,8 +23,9 @@ class Manifest:
     committing the same bytes again is not a new revision. derived_from: [user, revision, digest] of each revision that
     this one was merged, composed, distilled or migrated from. optimizer: {"layout", "digest", "row"} of what
     `load_optimizer` reads, None where the optimizer's state was not kept. signature: see `signing`; None where nobody
-    signed it. codec: {"name", "error"} of a row that is stored in fewer bits: `digest` is of what is stored, error the
-    relative one of what is loaded to what was committed; None for a row that is stored as it is.
+    signed it. codec: {"name", "error", ...} of a row that is stored in fewer bits: `digest` is of what is stored, error
+    the relative one of what is loaded to what was committed, of the numbers themselves or, in a basis, of the weight
+    updates; None for a row that is stored as it is.
     """
 
     user: str
@@ -53,7 +55,7 @@ class Manifest:
     @property
     def array(self) -> str:
         """The array of rows that its row lies in."""
-        return rows_array(self.cohort, self.codec["name"] if self.codec else None)
+        return rows_array(self.cohort, rows_label(self.codec))
 
     @property
     def optimizer_array(self) -> str:

@@ -129,7 +129,7 @@ def scores_key(user: str, revision: int) -> str:
 
 
 def layout_key(digest: str) -> str:
-    """How packed optimizer states of one kind are laid out."""
+    """How packed optimizer states, or bases, of one kind are laid out."""
     return f"layout/{digest}"
 
 
@@ -141,9 +141,10 @@ def next_row_key(cohort: str) -> str:
     return f"next_row/{cohort}"
 
 
-def rows_array(cohort: str, codec: str | None) -> str:
-    """The name of the array that a cohort's rows lie in: encoded ones are of another length, and have their own."""
-    return cohort if codec is None else f"{cohort}.{codec}"
+def rows_array(cohort: str, label: str | None) -> str:
+    """The name of the array that a cohort's rows lie in. label: of a codec; its rows are of another length, and have
+    their own."""
+    return cohort if label is None else f"{cohort}.{label}"
 
 
 def optimizer_array(cohort: str, layout: str) -> str:
@@ -158,6 +159,20 @@ def rows_path(cohort: str) -> str:
 def row_key(cohort: str, index: int) -> str:
     """The chunk of one row of the zarr3 array at `rows_path`."""
     return f"{rows_path(cohort)}c/{index}/0"
+
+
+def basis_array(cohort: str, layout: str) -> str:
+    """The name of the array that a cohort's bases of one layout (its digest) lie in."""
+    return f"{cohort}.bases.{layout[:16]}"
+
+
+def fitted_prefix(user: str) -> str:
+    return f"fitted/{user_hash(user)}/"
+
+
+def fitted_key(user: str, array: str, row: int) -> str:
+    """Says that a revision of the user's had a part in a basis."""
+    return f"{fitted_prefix(user)}{array}/{row:010d}"
 
 
 def shared_key(digest: str) -> str:

@@ -8,9 +8,13 @@ import tensorstore as ts
 
 from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.errors import CatalogError
+from popax.store.bases import BasisShelf
+from popax.store.basis import codec_from
+from popax.store.codec import RowCodec, codec_of
 from popax.store.cohort import StoredCohort
 from popax.store.database import Database, storage_errors
 from popax.store.layout import RowLayout, row_digest
+from popax.store.manifest import Manifest
 from popax.store.records import BrokenRecordError, cohort_key, seal, shared_key, unseal
 from popax.store.writer import retried
 from popax.types import AdapterState
@@ -22,6 +26,7 @@ class CohortRegistry:
     def __init__(self, database: Database):
         self._database = database
         self._cohorts: dict[str, StoredCohort] = {}
+        self.bases = BasisShelf(database)
 
     def find(self, name: str) -> StoredCohort | None:
         """The cohort of this id, None where the catalog has none."""
@@ -42,6 +47,14 @@ class CohortRegistry:
         if cohort is None:
             raise CatalogError(f"{self._database.place!r} has no cohort {name}; was it registered in another catalog?")
         return cohort
+
+    def codec(self, manifest: Manifest) -> RowCodec | None:
+        """How the revision's row is stored, None where as it is. Raises CatalogError, and as `BasisShelf.of`."""
+        if manifest.codec is None:
+            return None
+        if "basis" not in manifest.codec:
+            return codec_of(manifest.codec["name"])
+        return codec_from(self.known(manifest.cohort), self.bases.of(manifest), manifest.codec)
 
     def shared(self, cohort: StoredCohort) -> AdapterState:
         """The frozen arrays that all of the cohort's users share: {} where its method has none."""

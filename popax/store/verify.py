@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from popax.errors import CatalogError, CorruptRevisionError, SignatureError
 from popax.store.audit_rows import RowCensus
+from popax.store.bases import stale_index
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import read_optimizer_row
@@ -91,7 +92,7 @@ def verify(
         for keys in chunks(part_keys(database, "user", part)):
             audit.part(keys)
         audit.orphans_beside(part)
-    audit.orphans_of("derived")
+    audit.orphans_of_indices()
     return audit.result(orphan_rows=audit.rows.orphans())
 
 
@@ -135,12 +136,13 @@ class _Auditor:
                 if key not in self.expected and not self._is_revision(*key.split("/")[1:]):
                     self._orphan_records += 1
 
-    def orphans_of(self, kind: str) -> None:
-        """Count index entries whose revision is gone."""
+    def orphans_of_indices(self) -> None:
+        """Count index entries whose revision, or whose basis, is gone."""
         for part in PARTS:
-            for key in part_keys(self.database, kind, part):
+            for key in part_keys(self.database, "derived", part):
                 if not self._is_revision(*key.split("/")[2:]):
                     self._orphan_records += 1
+        self._orphan_records += sum(1 for _ in stale_index(self.database))
 
     def result(self, orphan_rows: int = 0) -> Audit:
         return Audit(
@@ -242,6 +244,7 @@ class _Auditor:
     def _row(self, manifest: Manifest, future: Any) -> None:
         try:
             row = finish_row(self.database, manifest, future)
+            self.registry.codec(manifest)  # a row in a basis is worth as much as the basis
         except CorruptRevisionError as error:
             self._revision_problem(Request(manifest.user, manifest.revision), str(error))
             return

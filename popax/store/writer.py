@@ -3,16 +3,16 @@
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import tensorstore as ts
 
 from popax.errors import ConflictError, CorruptRevisionError
-from popax.store.codec import codec_of, decode, encode, relative_error
+from popax.store.codec import as_codec, rows_label
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
-from popax.store.database import Database, is_conflict, is_gone, storage_error
+from popax.store.database import Database, is_conflict, is_gone, storage_error, storage_errors
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_layouts
@@ -43,6 +43,7 @@ def write(
     Raises ConflictError where a parent is not the latest, another writer committed one of the users meanwhile, or a
     user appears twice; PopulationError where an adapter does not fit the cohort; StorageError where the store refuses.
     """
+    _create_arrays(database, cohort, commits)
     packed, entries = _packed(cohort, commits)
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
@@ -51,11 +52,20 @@ def write(
     return _write(database, cohort, entries, place, signer)
 
 
+def _create_arrays(database: Database, cohort: StoredCohort, commits: Sequence[Commit], shard: int = 0) -> None:
+    """Of the codecs that these commits name: their rows are of other lengths."""
+    named = [as_codec(commit.codec) for commit in commits if commit.codec is not None]
+    for codec in {codec.label: codec for codec in named}.values():
+        with storage_errors(database.place):
+            database.create_rows(rows_array(cohort.id, codec.label), codec.stored_bytes(cohort.layout), shard)
+
+
 def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], shard: int) -> list[Revision]:
     """Write the rows into a shard of their own, where nobody sees them before `publish`. Durable when this returns.
 
     What the same run already committed is left out. Errors as `write`, but for conflicts between users' revisions.
     """
+    _create_arrays(database, cohort, commits, shard)
     packed, entries = _packed(cohort, commits)
     users = read_users(database, None, [entry.user for entry in entries])
     kept = _already_committed(cohort, entries, users)
@@ -150,8 +160,8 @@ def place_rows(
     rows: dict[str, list[int]] = {}
     beside: dict[str, list[int]] = {}
     for index in fresh:
-        codec, optimizer = entries[index].codec, packed[index].optimizer
-        rows.setdefault(rows_array(cohort.id, codec["name"] if codec else None), []).append(index)
+        optimizer = packed[index].optimizer
+        rows.setdefault(rows_array(cohort.id, rows_label(entries[index].codec)), []).append(index)
         if optimizer is not None:
             beside.setdefault(optimizer_array(cohort.id, optimizer.record["layout"]), []).append(index)
     places = _write_arrays(store, rows, {index: packed[index].row for index in fresh})
@@ -166,12 +176,12 @@ def _write_arrays(store: ts.KvStore, arrays: dict[str, list[int]], rows: dict[in
     """arrays: whose rows each array takes. Returns the place of each."""
     places: dict[int, int] = {}
     for array, members in arrays.items():
-        start = _write_rows(store, array, [rows[index] for index in members])
+        start = write_rows(store, array, [rows[index] for index in members])
         places |= {index: row for row, index in enumerate(members, start)}
     return places
 
 
-def _write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> int:
+def write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> int:
     """Put the rows and the next free index into the store's transaction; returns the first row's index."""
     allocated = store.read(next_row_key(array)).result()
     start = unseal(allocated.value)["next"] if allocated.state == "value" else 0
@@ -188,17 +198,13 @@ def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[Packe
     for commit in commits:
         row, codec = cohort.layout.checked(commit.adapter), None
         if commit.codec is not None:
-            row, codec = _encoded(cohort, row, commit.codec)
+            form = as_codec(commit.codec)
+            encoded = form.encode(cohort.layout, row)
+            error = form.error(cohort.layout, row, form.decode(cohort.layout, encoded))
+            row, codec = encoded, {**form.record, "error": error}
         stored.append(Packed(row, None if commit.optimizer is None else pack_optimizer(commit.optimizer)))
         entries.append(Revision.of(commit, row_digest(row), codec))
     return stored, entries
-
-
-def _encoded(cohort: StoredCohort, row: np.ndarray, name: str) -> tuple[np.ndarray, dict[str, Any]]:
-    codec = codec_of(name)
-    stored = encode(codec, cohort.layout, row)
-    error = relative_error(cohort.layout, row, decode(codec, cohort.layout, stored))
-    return stored, {"name": name, "error": error}
 
 
 def _already_committed(

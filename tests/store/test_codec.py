@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from popax.errors import CatalogError, PopulationError
-from popax.store.codec import CODECS, codec_of, decode, encode, encoded_bytes, relative_error
+from popax.store.codec import CODECS, codec_of
 from popax.store.layout import RowLayout
 
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, max_side=7)
@@ -22,9 +22,9 @@ SHAPES = arrays.array_shapes(min_dims=0, max_dims=3, max_side=7)
 def test_every_entry_is_within_half_a_step_of_its_rows_scale(codec, x):
     layout = RowLayout.of({"s": {"x": x, "n": np.arange(3, dtype=np.int32)}})
     row = layout.pack({"s": {"x": x, "n": np.arange(3, dtype=np.int32)}})
-    stored = encode(codec, layout, row)
-    assert stored.shape == (encoded_bytes(codec, layout),)
-    back = layout.unpack(decode(codec, layout, stored))["s"]
+    stored = codec.encode(layout, row)
+    assert stored.shape == (codec.stored_bytes(layout),)
+    back = layout.unpack(codec.decode(layout, stored))["s"]
     np.testing.assert_array_equal(back["n"], np.arange(3))
     top = np.abs(x).max(axis=-1, keepdims=True) if x.ndim else np.abs(x)
     scale = (top / codec.levels).astype(np.float32).astype(np.float64)
@@ -41,26 +41,26 @@ def test_integers_times_a_power_of_two_come_back_exactly(codec, dtype):
     k[..., 0] = codec.levels
     x = {"s": {"x": (k / 8).astype(dtype)}}
     layout = RowLayout.of(x)
-    back = decode(codec, layout, encode(codec, layout, layout.pack(x)))
+    back = codec.decode(layout, codec.encode(layout, layout.pack(x)))
     np.testing.assert_array_equal(back, layout.pack(x))
-    assert relative_error(layout, layout.pack(x), back) == 0
+    assert codec.error(layout, layout.pack(x), back) == 0
 
 
 def test_sizes_are_those_of_the_bits():
     layout = RowLayout.of({"s": {"x": np.zeros((8, 64), np.float32)}})
-    assert encoded_bytes(codec_of("int8"), layout) == 8 * 4 + 8 * 64
-    assert encoded_bytes(codec_of("int4"), layout) == 8 * 4 + 8 * 64 // 2
+    assert codec_of("int8").stored_bytes(layout) == 8 * 4 + 8 * 64
+    assert codec_of("int4").stored_bytes(layout) == 8 * 4 + 8 * 64 // 2
 
 
 def test_the_error_is_the_relative_norm():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 3, 5)).astype(np.float32)
     layout = RowLayout.of({"s": {"x": x}})
-    found = relative_error(layout, layout.pack({"s": {"x": x}}), layout.pack({"s": {"x": y}}))
+    found = codec_of("int8").error(layout, layout.pack({"s": {"x": x}}), layout.pack({"s": {"x": y}}))
     np.testing.assert_allclose(found, np.linalg.norm(x - y) / np.linalg.norm(x), rtol=1e-6)
     zero = layout.pack({"s": {"x": np.zeros_like(x)}})
-    assert relative_error(layout, zero, zero) == 0
-    assert relative_error(layout, zero, layout.pack({"s": {"x": x}})) == np.inf
+    assert codec_of("int8").error(layout, zero, zero) == 0
+    assert codec_of("int8").error(layout, zero, layout.pack({"s": {"x": x}})) == np.inf
 
 
 def test_what_cannot_be_encoded_or_decoded_is_named():
@@ -68,8 +68,8 @@ def test_what_cannot_be_encoded_or_decoded_is_named():
     for wrong in (np.nan, np.inf):
         row = layout.pack({"s": {"x": np.array([0, wrong, 0, 0], np.float32)}})
         with pytest.raises(PopulationError, match="'s/x' holds what is not a finite number"):
-            encode(codec_of("int8"), layout, row)
+            codec_of("int8").encode(layout, row)
     with pytest.raises(CatalogError, match="of 3 bytes, its layout makes 8"):
-        decode(codec_of("int8"), layout, np.zeros(3, np.uint8))
+        codec_of("int8").decode(layout, np.zeros(3, np.uint8))
     with pytest.raises(CatalogError, match="'int2': one of int8, int4"):
         codec_of("int2")

@@ -27,7 +27,7 @@ def users(catalog, cohort, make_adapter):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_compressed_revision_says_what_it_cost(catalog, users, make_adapter, place, codec):
-    done = compress(catalog, users, codec=codec, max_error=1.0)
+    done = compress(catalog, users, form=codec, max_error=1.0)
     reader = Catalog.open(place, read_only=True)
     for seed, (user, one) in enumerate(zip(users, done, strict=True)):
         adapter, manifest = reader.load(user)
@@ -44,22 +44,22 @@ def test_a_compressed_revision_says_what_it_cost(catalog, users, make_adapter, p
 
 
 def test_who_would_lose_too_much_is_left_as_they_are(catalog, users, make_adapter, same):
-    errors = {one.user: one.error for one in compress(catalog, users, codec="int4", max_error=0.0)}
+    errors = {one.user: one.error for one in compress(catalog, users, form="int4", max_error=0.0)}
     assert all(error > 0.01 for error in errors.values())
     assert catalog.list() == [dataclasses.replace(record, latest=1) for record in catalog.list()]
     middle = sorted(errors.values())[3]
-    done = compress(catalog, users, codec="int4", max_error=middle)
+    done = compress(catalog, users, form="int4", max_error=middle)
     assert {one.user for one in done if one.revision} == {user for user, error in errors.items() if error <= middle}
     for one in done:
         if one.revision is None:
             same(catalog.load(one.user)[0], make_adapter(users.index(one.user)))
     # What is compressed is not compressed again.
     smaller = [one.user for one in done if one.revision]
-    assert all(one.revision is None for one in compress(catalog, smaller, codec="int8", max_error=1.0))
+    assert all(one.revision is None for one in compress(catalog, smaller, form="int8", max_error=1.0))
 
 
 def test_the_original_can_be_pruned_and_all_of_it_deleted(catalog, users, cohort, layout, make_adapter, place):
-    compress(catalog, users, codec="int8", max_error=1.0)
+    compress(catalog, users, form="int8", max_error=1.0)
     for user in users:
         catalog.prune(user, before=2)
     catalog.delete(users[0])
@@ -87,7 +87,7 @@ def test_plain_and_encoded_rows_in_one_batch(catalog, cohort, make_adapter, same
 
 
 def test_a_broken_encoded_row_is_named(catalog, users, place):
-    compress(catalog, users[:1], codec="int8", max_error=1.0)
+    compress(catalog, users[:1], form="int8", max_error=1.0)
     manifest = catalog.load(users[0])[1]
     store, key = Database.open(place, create=False).kvstore, row_key(manifest.array, manifest.row)
     good = np.frombuffer(store.read(key).result().value, np.uint8).copy()

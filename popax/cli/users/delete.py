@@ -3,7 +3,7 @@
 import argparse
 
 from popax.cli.main import add_json
-from popax.cli.users.shared import add_catalog, open_catalog, printable, write_json
+from popax.cli.users.shared import add_catalog, fitted_line, open_catalog, printable, write_json
 from popax.errors import CatalogError
 
 NAME = "delete"
@@ -25,10 +25,13 @@ def run(args: argparse.Namespace) -> int:
     done = []
     for user in args.user:
         deletion = catalog.delete(user)
-        done.append({**deletion._asdict(), "tainted": [one._asdict() for one in deletion.tainted]})
+        named = {name: [one._asdict() for one in getattr(deletion, name)] for name in ("tainted", "bases")}
+        done.append({**deletion._asdict(), **named})
         print(f"{printable(user)}: {deletion.revisions} revisions removed")
         for one in deletion.tainted:
             print(f"  {printable(one.user)}@{one.revision} was derived from {printable(one.parent)}@{one.of}")
+        for basis in deletion.bases:
+            print(fitted_line(basis))
     write_json(args, done)
     print("unreachable now; `popax users gc` takes the bytes out of the files")
     return 0

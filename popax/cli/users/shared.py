@@ -10,6 +10,7 @@ from popax.cli.keys import signer_of, trust_of
 from popax.cli.main import write_output
 
 if TYPE_CHECKING:
+    from popax.store.bases import Fitted
     from popax.store.catalog import Catalog
     from popax.store.manifest import UserRecord
     from popax.store.pointers import Which
@@ -39,13 +40,14 @@ def add_filters(parser: argparse.ArgumentParser) -> None:
         "--status", choices=("promoted", "candidate"), help="only users whose latest revision is served, or is not"
     )
     parser.add_argument("--tag", help="only users with this tag")
+    parser.add_argument("--basis", metavar="DIGEST", help="only rows that are written in this basis (or its start)")
     parser.add_argument("--since", metavar="TIME", help="only users whose latest revision is not older (UTC, ISO 8601)")
     parser.add_argument("--until", metavar="TIME", help="only users whose latest revision is older (UTC, ISO 8601)")
 
 
 def filters_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of UserFilter."""
-    names = ("prefix", "base", "cohort", "method", "status", "tag", "since", "until")
+    names = ("prefix", "base", "cohort", "method", "status", "tag", "basis", "since", "until")
     return {name: getattr(args, name) for name in names}
 
 
@@ -71,6 +73,12 @@ def user_line(record: "UserRecord") -> str:
     promoted = f", promoted @{record.promoted}" if record.promoted else ""
     tags = "".join(f", {name} @{at}" for name, at in sorted(record.tags.items()))
     return f"{printable(record.user)}@{record.latest}{promoted}{tags}"
+
+
+def fitted_line(basis: "Fitted") -> str:
+    """What a basis holds of a user, and how to find who is written in it."""
+    name = f"{printable(basis.user)}@{basis.revision}"
+    return f"  the basis {basis.digest[:16]} was fitted on {name}: popax users list --basis {basis.digest[:16]}"
 
 
 def write_json(args: argparse.Namespace, value: Any) -> None:

@@ -3,10 +3,10 @@
 import argparse
 
 from popax.cli.main import add_json
-from popax.cli.users.shared import add_catalog, add_user, open_catalog, printable, write_json
+from popax.cli.users.shared import add_catalog, add_user, fitted_line, open_catalog, printable, write_json
 
 NAME = "tainted"
-HELP = "The revisions of others that were merged, composed, distilled or migrated from a user's, deleted or not."
+HELP = "What holds something of a user's, deleted or not: revisions derived from theirs, bases fitted on them."
 EXAMPLE = "popax users tainted runs/irc/catalog ada"
 
 
@@ -17,8 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = open_catalog(args).tainted(args.user)
-    write_json(args, [one._asdict() for one in found])
+    catalog = open_catalog(args)
+    found, bases = catalog.tainted(args.user), catalog.bases.fitted_on(args.user)
+    write_json(args, {"derived": [one._asdict() for one in found], "bases": [one._asdict() for one in bases]})
     for one in found:
         print(f"{printable(one.user)}@{one.revision} was derived from {printable(one.parent)}@{one.of}")
+    for basis in bases:
+        print(fitted_line(basis))
     return 0
