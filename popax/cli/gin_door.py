@@ -53,6 +53,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.load:BenchLoadConfig",
     "popax.bench.catalog.config:BenchCatalogConfig",
     "popax.bench.residency:BenchResidencyConfig",
+    "popax.bench.compression:BenchCompressionConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ Factors = tuple[np.ndarray, np.ndarray]  # a [..., R, D], b [..., R, F]: the wei
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Basis:
-    """Orthonormal rows at each site: {site: {"a": [L, S, D], "b": [L, S, F]}} float32, no L outside the stack.
+    """Orthonormal rows at each site: {site: {"a": [L, S, D], "b": [L, S, F]}} float32, no L outside the stack; S is
+    no more than D, or F.
 
     An update a^T b is kept as its projection onto them, p p^T (a^T b) q q^T with p = "a", q = "b".
     """
@@ -108,16 +109,7 @@ class BasisCodec:
 
     def error(self, layout: RowLayout, row: np.ndarray, decoded: np.ndarray) -> float:
         """||W' - W||_F / ||W||_F of the weight updates at the basis's sites; 0 where both are zero."""
-        one, two = layout.unpack(row), layout.unpack(decoded)
-        specs = self.cohort.specs
-        pairs = [
-            (specs[name], factors(one[name], np.float64), factors(two[name], np.float64)) for name in self.basis.arrays
-        ]
-        norm = sum(_product(spec, mine, mine) for spec, mine, _ in pairs)
-        both = sum(_product(spec, mine, other) for spec, mine, other in pairs)
-        there = sum(_product(spec, other, other) for spec, _, other in pairs)
-        difference = max(norm + there - 2 * both, 0.0)
-        return math.sqrt(difference / norm) if norm else (0.0 if not difference else math.inf)
+        return update_error(self.cohort, row, decoded, list(self.basis.arrays))
 
     @functools.cached_property
     def _coefficient_layout(self) -> RowLayout:
@@ -156,6 +148,19 @@ class BasisCodec:
 def codec_from(cohort: StoredCohort, basis: Basis, record: Mapping[str, Any]) -> BasisCodec:
     """The codec that a manifest keeps this record of."""
     return BasisCodec(cohort, basis, codec_of(record["inner"]) if record.get("inner") else None)
+
+
+def update_error(cohort: StoredCohort, row: np.ndarray, other: np.ndarray, sites: Sequence[str]) -> float:
+    """||W' - W||_F / ||W||_F of two rows' weight updates at these sites; 0 where both are zero."""
+    one, two = cohort.layout.unpack(row), cohort.layout.unpack(other)
+    norm = both = there = 0.0
+    for name in sites:
+        spec, mine, theirs = cohort.specs[name], factors(one[name], np.float64), factors(two[name], np.float64)
+        norm += _product(spec, mine, mine)
+        both += _product(spec, mine, theirs)
+        there += _product(spec, theirs, theirs)
+    difference = max(norm + there - 2 * both, 0.0)
+    return math.sqrt(difference / norm) if norm else (0.0 if not difference else math.inf)
 
 
 def factors(leaves: Mapping[str, np.ndarray], dtype: type = np.float32) -> Factors:

@@ -26,15 +26,14 @@ def fit_bases(
     Raises CatalogError where the cohort has no pairs of factors.
     """
     stacks = _stacks(cohort, rows)
-    rank_at = {name: min(rank, *(side.shape[-1] for side in stack)) for name, stack in stacks.items()}
     rng = np.random.default_rng(seed)
     norm_N = np.sqrt(_energy(stacks, None))
     weight_N = np.where(norm_N > 0, 1 / np.maximum(norm_N, 1e-30), 0.0) ** 2
-    bases = _seeds(stacks, rank_at, weight_N, clusters, rng)
+    bases = _seeds(stacks, rank, weight_N, clusters, rng)
     nearest_N = _nearest(stacks, bases)
     for _ in range(ROUNDS if len(bases) > 1 else 0):
         members = [np.where(nearest_N == index, weight_N, 0.0) for index in range(len(bases))]
-        refitted = [_fit(stacks, weights, rank_at, rng) for weights in members if weights.any()]
+        refitted = [_fit(stacks, weights, rank, rng) for weights in members if weights.any()]
         settled = len(refitted) == len(bases)
         before_N, bases = nearest_N, refitted
         nearest_N = _nearest(stacks, bases)
@@ -68,17 +67,17 @@ def _stacks(cohort: StoredCohort, rows: Sequence[np.ndarray]) -> dict[str, Facto
 
 
 def _seeds(
-    stacks: Mapping[str, Factors], rank_at: Mapping[str, int], weight_N: np.ndarray, clusters: int, rng
+    stacks: Mapping[str, Factors], rank: int, weight_N: np.ndarray, clusters: int, rng
 ) -> list[dict[str, Factors]]:
     alive: list[int] = np.flatnonzero(weight_N).tolist()
     if clusters == 1 or len(alive) <= 1:
-        return [_fit(stacks, weight_N, rank_at, rng)]
+        return [_fit(stacks, weight_N, rank, rng)]
     chosen, held_N = [int(rng.choice(alive))], np.zeros(len(weight_N))
     bases = []
     while True:
         only = np.zeros(len(weight_N))
         only[chosen[-1]] = weight_N[chosen[-1]]
-        bases.append(_fit(stacks, only, rank_at, rng))
+        bases.append(_fit(stacks, only, rank, rng))
         held_N = np.maximum(held_N, weight_N * _energy(stacks, bases[-1]))
         rest = [user for user in alive if user not in chosen]
         if len(bases) == clusters or not rest:
@@ -101,16 +100,19 @@ def _energy(stacks: Mapping[str, Factors], basis: Mapping[str, Factors] | None) 
     return found_N
 
 
-def _fit(stacks: Mapping[str, Factors], weight_N: np.ndarray, rank_at: Mapping[str, int], rng) -> dict[str, Factors]:
-    """The two subspaces at each site of the users with a weight."""
+def _fit(stacks: Mapping[str, Factors], weight_N: np.ndarray, rank: int, rng) -> dict[str, Factors]:
+    """The two subspaces at each site of the users with a weight; of no more dimensions than their side has."""
     there = np.flatnonzero(weight_N)
     root_N = np.sqrt(weight_N[there]).astype(np.float32)[:, None, None, None]
     found = {}
     for name, (a, b) in stacks.items():
-        rank = rank_at[name]
         a_NxLxRxD, b_NxLxRxF = a[there] * root_N, b[there]
-        q_LxSxF = _orthonormal(rng.standard_normal((b.shape[1], rank, b.shape[-1])).astype(np.float32))
-        p_LxSxD = _orthonormal(rng.standard_normal((a.shape[1], rank, a.shape[-1])).astype(np.float32))
+        q_LxSxF = _orthonormal(
+            rng.standard_normal((b.shape[1], min(rank, b.shape[-1]), b.shape[-1])).astype(np.float32)
+        )
+        p_LxSxD = _orthonormal(
+            rng.standard_normal((a.shape[1], min(rank, a.shape[-1]), a.shape[-1])).astype(np.float32)
+        )
         for _ in range(ITERATIONS if len(there) else 0):
             p_LxSxD = _raised(p_LxSxD, a_NxLxRxD, b_NxLxRxF @ _t(q_LxSxF))
             q_LxSxF = _raised(q_LxSxF, b_NxLxRxF, a_NxLxRxD @ _t(p_LxSxD))

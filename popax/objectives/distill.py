@@ -1,0 +1,78 @@
+"""Distillation: a student's next-token distributions drawn to those of a teacher with an adapter of its own."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from popax.adapters.apply import bind
+from popax.adapters.cohort import Cohort
+from popax.errors import ConfigError
+from popax.modeling.model import Model
+from popax.modeling.remat import Remat
+from popax.objectives.base import Objective, Sums
+from popax.types import Adapt, AdapterState, Batch, Params
+
+
+def pair(student: Params, teacher: Params, teacher_shared: AdapterState) -> Params:
+    """What the objective takes as params: both bases, and what the teacher's adapters share."""
+    return {"student": student, "teacher": teacher, "teacher_shared": teacher_shared}
+
+
+class Lesson(NamedTuple):
+    """One user's batch, and the teacher's adapter of this user; a population's has a leading N on every leaf."""
+
+    batch: Batch
+    teacher: AdapterState
+
+
+def distill(
+    student: Model, teacher: Model, teacher_cohort: Cohort, *, chunk: int = 128, remat: Remat = "none"
+) -> Objective[Lesson, Sums]:
+    """loss = sum_t w_t KL(p_teacher || p_student at t) / sum_t w_t (Hinton et al., arXiv 1503.02531, at temperature 1).
+
+    The teacher is the old base with the user's old adapter; no gradient reaches it. w_t: 1 at supervised targets.
+    Sums.nats are of the KL. chunk: tokens of a row whose logits exist at a time. Both models read the same tokens:
+    raises ConfigError where their vocabularies differ.
+    """
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ConfigError(
+            f"the teacher has {teacher.config.vocab_size} tokens and the student {student.config.vocab_size}: "
+            "distributions over other tokens cannot be compared; re-apply the adapters, or train the users again"
+        )
+
+    def objective(params: Params, adapt: Adapt, lesson: Lesson) -> tuple[jax.Array, Sums]:
+        batch, own, old = lesson.batch, params["student"], params["teacher"]
+        guide = bind(teacher_cohort, lesson.teacher, params["teacher_shared"])
+        shown_BxTxD = jax.lax.stop_gradient(teacher.batch_hidden(old, batch, adapt=guide))
+        x_BxTxD = student.batch_hidden(own, batch, adapt=adapt, remat=remat)
+
+        def divergence(x_BxCxD: jax.Array, shown_BxCxD: jax.Array) -> jax.Array:
+            logp_BxCxV = jax.nn.log_softmax(student.logits(own, x_BxCxD, adapt))
+            shown_BxCxV = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(old, shown_BxCxD, guide)))
+            return jnp.sum(jnp.exp(shown_BxCxV) * (shown_BxCxV - logp_BxCxV), axis=-1)
+
+        nats_BxT = _in_chunks(jax.checkpoint(divergence), chunk, x_BxTxD, shown_BxTxD) * batch.weights_BxT
+        sums = Sums(
+            nats=jnp.sum(nats_BxT),
+            targets=jnp.sum(batch.weights_BxT),
+            target_bytes=jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32),
+        )
+        return sums.nats / jnp.maximum(sums.targets, 1.0), sums
+
+    return objective
+
+
+def _in_chunks(function, chunk: int, *arrays_BxTxD: jax.Array) -> jax.Array:
+    """function of so many tokens at a time, put together again [B, T]."""
+    length = arrays_BxTxD[0].shape[1]
+    if length <= chunk:
+        return function(*arrays_BxTxD)
+    missing = -length % chunk
+
+    def cut(x_BxTxD: jax.Array) -> jax.Array:
+        padded = jnp.pad(x_BxTxD, ((0, 0), (0, missing), (0, 0)))
+        return jnp.moveaxis(padded.reshape(padded.shape[0], -1, chunk, padded.shape[-1]), 1, 0)
+
+    parts_KxBxC = jax.lax.map(lambda pieces: function(*pieces), tuple(map(cut, arrays_BxTxD)))
+    return jnp.moveaxis(parts_KxBxC, 0, 1).reshape(parts_KxBxC.shape[1], -1)[:, :length]
