@@ -26,10 +26,11 @@ class RowLoader:
         arrived: Callable[[Mapping[Key, np.ndarray]], None],
         *,
         max_batch: int = 4096,
+        max_waiting: int = 65_536,
     ):
-        """read: `Catalog.read_rows`. arrived(rows): before those who wait are told."""
+        """read: `Catalog.read_rows`. arrived(rows): before those who wait are told. max_waiting: what `room` is of."""
         self.counters = CatalogCounters()
-        self._read, self._arrived, self._max_batch = read, arrived, max_batch
+        self._read, self._arrived, self._max_batch, self._max_waiting = read, arrived, max_batch, max_waiting
         self._changed = threading.Condition()
         self._waiting: dict[Key, Manifest] = {}
         self._promised: dict[Key, Row] = {}
@@ -48,6 +49,11 @@ class RowLoader:
             rows = [self._promise(Key.of(manifest), manifest) for manifest in manifests]
             self._changed.notify_all()
             return rows
+
+    @property
+    def room(self) -> int:
+        """How many more may be asked for ahead of time: who needs a row now asks whether there is room or not."""
+        return max(0, self._max_waiting - len(self._waiting))
 
     def _promise(self, key: Key, manifest: Manifest) -> Row:
         if (promised := self._promised.get(key)) is not None:

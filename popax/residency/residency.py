@@ -30,6 +30,7 @@ from popax.store.manifest import Manifest
 from popax.types import Adapt, AdapterState
 
 HOST_BYTES = 256 << 20
+FILLERS = 16
 Arrival = concurrent.futures.Future[None]
 
 
@@ -64,7 +65,8 @@ class Residency:
         self.cohort = Cohort(cohort.config, tuple(cohort.specs.values()))
         self._shared = jax.tree.map(jnp.asarray, catalog.shared(cohort))
         self._slab = Slab(self.cohort, cohort.layout, slots, sharding)
-        self._slab_lock = threading.RLock()
+        self._slab_lock, self._binding = threading.Lock(), None
+        self._fillers = concurrent.futures.ThreadPoolExecutor(FILLERS, thread_name_prefix="popax-fill")
         self._changed = threading.Condition()
         self._table, self._host = SlotTable(slots), HostTier(host_bytes)
         self._arriving: dict[Key, Arrival] = {}
@@ -73,22 +75,31 @@ class Residency:
         self._loader = RowLoader(catalog.read_rows, self._keep)
         self._writer = WriteBack(catalog, cohort, self._keep)
 
-    def prefetch(self, requests: Sequence[Request]) -> None:
-        """Begin to bring those without a slot into the host tier; returns at once. `lease` tells what cannot load."""
-        manifests = self._resolve(requests).values()
+    def prefetch(self, requests: Sequence[Request]) -> int:
+        """Begin to bring those without a slot into the host tier; returns at once, with the number of requests that it
+        took: the first so many, fewer where a great many are waiting already. `lease` tells what cannot load."""
+        taken = requests[: self._loader.room]
+        manifests = self._resolve(taken).values()
         with self._changed:
             absent = [manifest for manifest in manifests if Key.of(manifest) not in self._table]
         self._rows(absent)
+        return len(taken)
 
     @contextlib.contextmanager
     def lease(self, requests: Sequence[Request], *, timeout_s: float | None = None) -> Iterator[Lease]:
         """The slots of these requests, held while the block runs. Leases are served in the order in which they came;
         all slots of one are taken together, so that two cannot wait for each other.
 
-        Raises PopulationError where they need more slots than there are, or belong to another cohort;
-        ResidencyTimeoutError where the slots are not free in time; and what `Catalog.load` raises, for a user of this
-        request only.
+        Raises PopulationError where they need more slots than there are, or belong to another cohort, or the caller is
+        inside `bound`; ResidencyTimeoutError where the slots are not free, or the rows not loaded, in time (they are
+        loaded on, for others who wait); and what `Catalog.load` raises, for a user of this request only.
         """
+        if self._binding == threading.get_ident():
+            raise PopulationError(
+                "a lease inside `bound` would replace the arrays that are bound: leave that block first, or ask for "
+                "all users in one lease"
+            )
+        began = time.monotonic()
         manifests = self._resolve(requests)
         keys = {request: Key.of(manifest) for request, manifest in manifests.items()}
         pinned = list(dict.fromkeys(keys.values()))
@@ -98,25 +109,30 @@ class Residency:
                 "make more slots"
             )
         missing, arriving = self._admit(pinned, timeout_s)
+        filling = self._begin(missing, {Key.of(manifest): manifest for manifest in manifests.values()}, timeout_s)
         try:
-            self._fill(missing, {Key.of(manifest): manifest for manifest in manifests.values()})
-            for arrival in arriving:
-                arrival.result()
+            for future in [*([filling] if filling else []), *arriving]:
+                self._await(future, timeout_s, began)
             yield Lease(
                 tuple(self._table.slot(keys[request]) if request in keys else -1 for request in requests),
                 tuple(manifests.get(request) for request in requests),
             )
         finally:
-            with self._changed:
-                self._table.unpin(pinned)
-                self._changed.notify_all()
+            if filling is None or filling.done():
+                self._release(pinned)
+            else:  # timed out: its slots are its own until the rows are there
+                filling.add_done_callback(lambda _: self._release(pinned))
 
     @contextlib.contextmanager
     def bound(self, lease: Lease) -> Iterator[Adapt]:
-        """The lease's adapters, bound to its rows. Slots are not replaced while the block runs: the arrays are those
-        that an update would consume."""
+        """The lease's adapters, bound to its rows. No slot is replaced while the block runs, whoever waits for one: the
+        arrays are those that an update would consume. So bind for a step or a batch, not for a conversation."""
         with self._slab_lock:
-            yield bind_slots(self.cohort, self._slab.arrays, self._shared, jnp.asarray(lease.slots, jnp.int32))
+            self._binding = threading.get_ident()
+            try:
+                yield bind_slots(self.cohort, self._slab.arrays, self._shared, jnp.asarray(lease.slots, jnp.int32))
+            finally:
+                self._binding = None
 
     @property
     def adapters(self) -> AdapterState:
@@ -148,6 +164,7 @@ class Residency:
 
     def close(self) -> None:
         """Write what is unwritten and end the threads. Raises what the catalog refused."""
+        self._fillers.shutdown()
         self._loader.close()
         self._writer.close()
 
@@ -196,6 +213,40 @@ class Residency:
             finally:
                 self._line.remove(ticket)
                 self._changed.notify_all()
+
+    def _begin(
+        self, missing: dict[Key, int], manifests: dict[Key, Manifest], timeout_s: float | None
+    ) -> Arrival | None:
+        """Fill the slots; None where that is done. With a time limit on a thread of its own, which goes on after it."""
+        if not missing:
+            return None
+        if timeout_s is not None:
+            return self._fillers.submit(self._fill, missing, manifests)
+        filled: Arrival = concurrent.futures.Future()
+        try:
+            self._fill(missing, manifests)
+        except BaseException as error:
+            filled.set_exception(error)
+        else:
+            filled.set_result(None)
+        return filled
+
+    def _await(self, arrival: Arrival, timeout_s: float | None, began: float) -> None:
+        left = None if timeout_s is None else max(0.0, began + timeout_s - time.monotonic())
+        try:
+            arrival.result(left)
+        except concurrent.futures.TimeoutError as error:
+            if arrival.done():
+                raise  # an error of the storage's own
+            raise ResidencyTimeoutError(
+                f"the rows of a lease were not loaded in {timeout_s} s; the storage {self._catalog.place!r} is slow, "
+                "or away: ask again, or allow more time"
+            ) from error
+
+    def _release(self, pinned: list[Key]) -> None:
+        with self._changed:
+            self._table.unpin(pinned)
+            self._changed.notify_all()
 
     def _fill(self, missing: dict[Key, int], manifests: dict[Key, Manifest]) -> None:
         """Write the rows of those who were not resident. Who cannot be loaded gets no slot, and the first such error is

@@ -371,3 +371,68 @@ def test_what_a_full_disk_refuses_is_kept_and_tried_again(catalog, stored, fille
     for at in range(3):
         assert (reader.load(f"late-{at}")[0]["lm_head"]["a"] == at).all()
         reader.delete(f"late-{at}")
+
+
+def test_a_lease_inside_bound_is_refused_by_name(residency):
+    """It would consume the arrays that are bound. Another thread's waits for the end of the block."""
+    with residency.lease(_requests(0)) as lease:
+        refused = pytest.raises(PopulationError, match="a lease inside `bound`")
+        with residency.bound(lease), refused, residency.lease(_requests(1)):
+            pass
+        assert _values(residency, lease) == [0]
+        got = []
+
+        def other():
+            with residency.lease(_requests(1)) as mine:
+                got.append(_values(residency, mine))
+
+        with residency.bound(lease):
+            thread = threading.Thread(target=other)
+            thread.start()
+            time.sleep(0.05)
+            assert not got
+        thread.join()
+    assert got == [[1]]
+
+
+def test_rows_that_do_not_come_in_time_are_an_error_and_come_for_the_others(catalog, stored):
+    gate, original = threading.Event(), catalog.read_rows
+    catalog.read_rows = lambda manifests: gate.wait() and original(manifests)
+    with Residency(catalog, stored, slots=2) as residency:
+        late = pytest.raises(ResidencyTimeoutError, match=r"not loaded in 0\.05 s")
+        with late, residency.lease(_requests(0), timeout_s=0.05):
+            pass
+        # Its slot is still its own: of two slots one is free, and a second user's rows are awaited as well.
+        full = pytest.raises(ResidencyTimeoutError, match=r"did not get their slots in 0\.05 s")
+        with full, residency.lease(_requests(1, 2), timeout_s=0.05):
+            pass
+        got = []
+
+        def patient():
+            with residency.lease(_requests(0), timeout_s=60) as lease:
+                got.append(_values(residency, lease))
+
+        thread = threading.Thread(target=patient)
+        thread.start()
+        gate.set()
+        thread.join()
+        assert got == [[0]]
+        assert residency.counters().catalog.loads == 1
+        with residency.lease(_requests(1, 2), timeout_s=60) as lease:
+            assert _values(residency, lease) == [1, 2]
+
+
+def test_prefetch_takes_no_more_than_there_is_room_for(catalog, stored):
+    gate, original = threading.Event(), catalog.read_rows
+    catalog.read_rows = lambda manifests: gate.wait() and original(manifests)
+    with Residency(catalog, stored, slots=4) as residency:
+        residency._loader._max_waiting = 10
+        assert residency.prefetch(_requests(*range(8))) == 8
+        taken = 8 + residency.prefetch(_requests(*range(8, 40)))
+        # One batch may have been taken up meanwhile; what waits is bounded.
+        assert taken <= 8 + 10
+        assert len(residency._loader._waiting) <= 10
+        # Who needs a row now is not turned away.
+        gate.set()
+        with residency.lease(_requests(50, 51)) as lease:
+            assert _values(residency, lease) == [50, 51]
