@@ -177,8 +177,7 @@ class Catalog:
         self, users: Sequence[str], revision: Which = None, *, base_digest: str | None = None
     ) -> list[Loaded]:
         """One revision of each user, in their order, read in parallel. Errors as `load`."""
-        manifests = self.resolve([(user, revision) for user in users], base_digest=base_digest)
-        rows = self.read_rows(manifests)
+        manifests, rows = self._loader.load([(user, revision) for user in users], base_digest)
         return [(self.cohort_of(one).layout.unpack(row), one) for one, row in zip(manifests, rows, strict=True)]
 
     def load_stacked(
@@ -188,12 +187,12 @@ class Catalog:
 
         Raises PopulationError where the users are none or of several cohorts, else as `load`.
         """
-        manifests = self.resolve([(user, revision) for user in users], base_digest=base_digest)
+        manifests, rows = self._loader.load([(user, revision) for user in users], base_digest)
         cohorts = {manifest.cohort for manifest in manifests}
         if len(cohorts) != 1:
             raise PopulationError(f"{len(users)} users of {len(cohorts)} cohorts do not stack: name users of one")
-        layout = self._registry.known(cohorts.pop()).layout
-        return layout.unpack(np.stack(self.read_rows(manifests))), manifests
+        joined = np.frombuffer(b"".join([row.data for row in rows]), np.uint8)
+        return self._registry.known(cohorts.pop()).layout.unpack(joined.reshape(len(rows), -1)), manifests
 
     def resolve(self, requests: Sequence[tuple[str, Which]], *, base_digest: str | None = None) -> list[Manifest]:
         """The manifest of each (user, revision), read in parallel. Errors as `load`."""

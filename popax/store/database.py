@@ -14,7 +14,7 @@ from popax.errors import CatalogError, StorageError
 from popax.store.locks import CatalogLocks
 from popax.store.records import rows_path
 
-FORMAT = 2
+FORMAT = 3
 MARKER = "popax_catalog.json"
 # Shard 0 holds all that is small: users, manifests, cohorts; and the rows of a single writer. Each further process of a
 # run writes its rows into a shard of its own, a database that holds nothing else.

@@ -11,6 +11,7 @@ from popax.store.bases import Fitted
 from popax.store.codec import rows_label
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import UserRecord
+from popax.store.packed import seal_user, unseal_user
 from popax.store.reader import keys_under, read_users
 from popax.store.records import (
     BrokenRecordError,
@@ -22,7 +23,6 @@ from popax.store.records import (
     row_key,
     rows_array,
     scores_prefix,
-    seal,
     shown,
     unseal,
     user_key,
@@ -98,7 +98,7 @@ def prune(database: Database, user: str, before: int) -> list[int]:
         _erase(database, transaction, keys, rows)
         kept = tuple(at for at in record.promotions if at >= before)
         changed = dataclasses.replace(record, oldest=max(record.oldest, before), promotions=kept)
-        database.kvstore.with_transaction(transaction).write(user_key(user), seal(changed.stored())).result()
+        database.kvstore.with_transaction(transaction).write(user_key(user), seal_user(changed.stored())).result()
         return gone, rows
 
     gone, rows = retried(database, 1, work)
@@ -150,7 +150,7 @@ def _manifests(
             continue
         read = store.read(manifest_key(record.user, at)).result()
         try:
-            found[at] = unseal(read.value)
+            found[at] = dict(unseal_user(read.value)["manifest"])
         except BrokenRecordError:
             continue
     return found

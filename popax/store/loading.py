@@ -11,7 +11,16 @@ from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFou
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.pointers import Which, resolve
-from popax.store.reader import Request, await_all, finish_row, latest_manifest, read_manifests, read_users, start_row
+from popax.store.reader import (
+    Request,
+    await_all,
+    finish_row,
+    latest_manifest,
+    read_manifests,
+    read_users,
+    start_latest_row,
+    start_row,
+)
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
 from popax.store.signing import Trust
@@ -33,12 +42,27 @@ class RevisionLoader:
         Raises RevisionNotFoundError, CorruptRevisionError, BaseMismatchError where base_digest is given and one was
         made for another base, and SignatureError where keys are trusted and one is not theirs.
         """
+        return self._checked(self._wanted(requests), base_digest)
+
+    def load(
+        self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None
+    ) -> tuple[list[Manifest], list[np.ndarray]]:
+        """`resolve`, and `rows` of what it gives: those of latest revisions are under way while manifests are made."""
+        wanted = self._wanted(requests)
+        begun = [start_latest_row(self._database, record) if at == record.latest else None for record, at in wanted]
+        manifests = self._checked(wanted, base_digest)
+        return manifests, self._rows(manifests, begun)
+
+    def _wanted(self, requests: Sequence[tuple[str, Which]]) -> list[tuple[UserRecord, int]]:
         records = read_users(self._database, None, [user for user, _ in requests])
         wanted = []
         for (user, which), record in zip(requests, records, strict=True):
             if record is None:
                 raise self.unknown(user)
             wanted.append((record, resolve(record, which)))
+        return wanted
+
+    def _checked(self, wanted: Sequence[tuple[UserRecord, int]], base_digest: str | None) -> list[Manifest]:
         manifests = self.manifests(wanted)
         _check_bases(manifests, base_digest)
         if self._trusted is not None:
@@ -49,7 +73,13 @@ class RevisionLoader:
     def rows(self, manifests: Sequence[Manifest]) -> list[np.ndarray]:
         """Each revision's row, uint8 [row_bytes], decoded where it is stored in fewer bits. Raises
         CorruptRevisionError."""
-        begun = [start_row(self._database, manifest) for manifest in manifests]
+        return self._rows(manifests, [None] * len(manifests))
+
+    def _rows(self, manifests: Sequence[Manifest], started: Sequence[ts.Future | None]) -> list[np.ndarray]:
+        begun = [
+            start_row(self._database, manifest) if future is None else future
+            for manifest, future in zip(manifests, started, strict=True)
+        ]
         if sum(self._row_bytes(manifest) for manifest in manifests) < _PARALLEL_BYTES:
             await_all(begun)
             return list(map(self._finish, manifests, begun))

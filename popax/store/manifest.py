@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from popax.store.codec import rows_label
+from popax.store.cohort import StoredCohort
+from popax.store.packed import StoredManifest
 from popax.store.records import optimizer_array, rows_array, shown
 
 T = TypeVar("T")
 
 PROMOTIONS = 8
+_none = type(None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +41,13 @@ class Manifest:
     created: str
     version: str
     shard: int = 0
-    parent: int | None = None
-    run: str | None = None
-    derived_from: tuple[tuple[str, int, str], ...] = ()
-    optimizer: Mapping[str, Any] | None = None
-    signature: Mapping[str, str] | None = None
-    codec: Mapping[str, Any] | None = None
+    # From here on by factories, which leave nothing on the class: what is not there yet then goes to `__getattr__`.
+    parent: int | None = dataclasses.field(default_factory=_none)
+    run: str | None = dataclasses.field(default_factory=_none)
+    derived_from: tuple[tuple[str, int, str], ...] = dataclasses.field(default_factory=tuple)
+    optimizer: Mapping[str, Any] | None = dataclasses.field(default_factory=_none)
+    signature: Mapping[str, str] | None = dataclasses.field(default_factory=_none)
+    codec: Mapping[str, Any] | None = dataclasses.field(default_factory=_none)
     hparams: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -74,16 +78,43 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Manifest":
-        parents = tuple((user, at, digest) for user, at, digest in record.get("derived_from", ()))
-        return _made(cls, {**_DEFAULTS, **record, "derived_from": parents})
+        return cls(**{**record, "derived_from": tuple(tuple(parent) for parent in record["derived_from"])})
+
+    @classmethod
+    def from_stored(cls, user: str, stored: Mapping[str, Any], cohort: StoredCohort) -> "Manifest":
+        """As the database keeps it: what its cohort's record holds is put back. Of a StoredManifest the rest is
+        unpacked when somebody asks for it."""
+        of_cohort = {"config": cohort.config_record, "base_digest": cohort.base_digest}
+        if not isinstance(stored, StoredManifest):
+            return _made(cls, {"user": user, **_completed(stored), **of_cohort})
+        fields = {"user": user, **stored.fixed, **of_cohort, "_stored": stored}
+        if not stored.encoded:
+            fields["codec"] = None
+        return _made(cls, fields)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that has not been unpacked yet."""
+        # It stays: another thread may be asking for another field.
+        stored = self.__dict__.get("_stored") if name in _FIELDS else None
+        if stored is None:
+            raise AttributeError(f"a manifest has no {name!r}")
+        for field, value in _completed(stored).items():
+            self.__dict__.setdefault(field, value)
+        return self.__dict__[name]
+
+
+def _completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields but the user's and the cohort's: what says nothing is not stored."""
+    parents = tuple((user, at, digest) for user, at, digest in stored.get("derived_from", ()))
+    return {**{name: default() for name, default in _DEFAULTS.items()}, **stored, "derived_from": parents}
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Manifest))
 _DEFAULTS = {
-    field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    field.name: field.default_factory
     for field in dataclasses.fields(Manifest)
-    if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-}
+    if field.default_factory is not dataclasses.MISSING
+} | {"shard": int}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import tensorstore as ts
 from popax.errors import CatalogError, ConflictError, RevisionNotFoundError
 from popax.store.database import Database
 from popax.store.manifest import PROMOTIONS, UserRecord
+from popax.store.packed import seal_user
 from popax.store.reader import read_users
-from popax.store.records import seal, shown, user_key
+from popax.store.records import shown, user_key
 from popax.store.writer import retried
 
 # A number, "latest", "promoted" or a tag; None is the latest.
@@ -123,7 +124,7 @@ def _changed(database: Database, user: str, change: Callable[[UserRecord], Mappi
         changed = dataclasses.replace(record, **change(record))  # pyright: ignore[reportArgumentType]
         if changed != record:
             store = database.kvstore.with_transaction(transaction)
-            store.write(user_key(user), seal(changed.stored())).result()
+            store.write(user_key(user), seal_user(changed.stored())).result()
         return changed
 
     return retried(database, 1, work)

@@ -10,8 +10,9 @@ from popax.store.cohort import StoredCohort
 from popax.store.commit import Revision
 from popax.store.database import Database
 from popax.store.manifest import Manifest, UserRecord
+from popax.store.packed import seal_user, unseal_user
 from popax.store.reader import read_users, stored_form
-from popax.store.records import derived_key, manifest_key, seal, shown, unseal, user_key
+from popax.store.records import derived_key, manifest_key, seal, shown, user_key
 from popax.store.signing import Signer
 from popax.version import code_version
 
@@ -60,8 +61,9 @@ def put_manifests(store: ts.KvStore, entries: Sequence[tuple[Manifest, UserRecor
             changed = UserRecord(user=manifest.user, latest=1, current=current)
         else:
             changed = dataclasses.replace(record, latest=manifest.revision, current=current)
-            writes.append(store.write(manifest_key(record.user, record.latest), seal(record.current)))
-        writes.append(store.write(user_key(manifest.user), seal(changed.stored())))
+            superseded = {"user": record.user, "latest": record.latest, "manifest": record.current}
+            writes.append(store.write(manifest_key(record.user, record.latest), seal_user(superseded)))
+        writes.append(store.write(user_key(manifest.user), seal_user(changed.stored())))
         for parent, at, _ in manifest.derived_from:
             index = {"user": manifest.user, "revision": manifest.revision, "parent": parent, "of": at}
             writes.append(store.write(derived_key(parent, manifest.user, manifest.revision), seal(index)))
@@ -88,4 +90,4 @@ def digest_at(database: Database, transaction: ts.Transaction, record: UserRecor
     if at == record.latest:
         return record.current["digest"]
     read = database.kvstore.with_transaction(transaction).read(manifest_key(record.user, at)).result()
-    return unseal(read.value)["digest"]
+    return unseal_user(read.value)["manifest"]["digest"]

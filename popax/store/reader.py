@@ -8,10 +8,12 @@ import numpy as np
 import tensorstore as ts
 
 from popax.errors import CatalogError, CorruptRevisionError
+from popax.store.codec import rows_label
 from popax.store.cohort import StoredCohort
 from popax.store.database import Database, is_gone, is_refused, storage_error, storage_errors
 from popax.store.manifest import Manifest, UserRecord
-from popax.store.records import BrokenRecordError, manifest_key, row_key, shown, unseal, user_key
+from popax.store.packed import StoredManifest, unseal_user
+from popax.store.records import BrokenRecordError, manifest_key, row_key, rows_array, shown, user_key
 
 # Kept once in the cohort's record, and put back when a manifest is read.
 _OF_COHORT = ("config", "base_digest")
@@ -74,13 +76,24 @@ def read_manifests(
     found = []
     for (user, revision), future in zip(requests, futures, strict=True):
         record = _unsealed(database, store, manifest_key(user, revision), future, _of_revision, user, revision)
-        found.append(None if record is None else _as_manifest(record, user, revision, cohort_of))
+        if record is not None and record["user"] != user:
+            named = f"{shown(record['user'])}@{record['manifest']['revision']}"
+            raise _corrupt(_of_revision(user, revision), f"it is the manifest of {named}")
+        found.append(None if record is None else _as_manifest(record["manifest"], user, revision, cohort_of))
     return found
 
 
 def start_row(database: Database, manifest: Manifest) -> ts.Future:
     """Begin to read the revision's row; `finish_row` waits for it."""
     return database.shard(manifest.shard).read(row_key(manifest.array, manifest.row))
+
+
+def start_latest_row(database: Database, record: UserRecord) -> ts.Future:
+    """As `start_row`, of the latest revision, whose manifest need not have been made."""
+    latest = record.current
+    plain = isinstance(latest, StoredManifest) and not latest.encoded
+    array = rows_array(latest["cohort"], None if plain else rows_label(latest.get("codec")))
+    return database.shard(latest.get("shard", 0)).read(row_key(array, latest["row"]))
 
 
 def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadResult:
@@ -171,7 +184,7 @@ def _unsealed(
     """The record, None where there is none; what(*named): how an error calls it."""
     try:
         result = settled(store, key, future)
-        return unseal(result.value) if result.state == "value" else None
+        return unseal_user(result.value) if result.state == "value" else None
     except CatalogError:
         raise
     except (ValueError, OSError) as error:
@@ -181,13 +194,10 @@ def _unsealed(
 
 
 def _as_manifest(record: Mapping[str, Any], user: str, revision: int, cohort_of: Cohorts) -> Manifest | None:
-    if (record["user"], record["revision"]) != (user, revision):
-        named = f"{shown(record['user'])}@{record['revision']}"
-        raise _corrupt(f"the manifest of {shown(user)}@{revision}", f"it is the manifest of {named}")
+    if record["revision"] != revision:
+        raise _corrupt(_of_revision(user, revision), f"it is the manifest of revision {record['revision']}")
     cohort = cohort_of(record["cohort"])
-    if cohort is None:
-        return None
-    return Manifest.from_dict({**record, "config": cohort.config_record, "base_digest": cohort.base_digest})
+    return None if cohort is None else Manifest.from_stored(user, record, cohort)
 
 
 def _of_user(user: str) -> str:

@@ -31,17 +31,35 @@ class BrokenRecordError(ValueError):
 
 def seal(record: Mapping[str, Any]) -> bytes:
     """The record as deflated JSON, after a check of these bytes (64 bits of their sha256)."""
-    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, zdict=_DICTIONARY)
-    body = deflate.compress(canonical(record).encode()) + deflate.flush()
-    return _check(body) + body
+    body = deflated(canonical(record).encode())
+    return check(body) + body
 
 
 def unseal(data: bytes) -> dict[str, Any]:
     """The inverse of `seal`. Raises BrokenRecordError where a single bit differs."""
     body = data[_CHECK_BYTES:]
-    if data[:_CHECK_BYTES] != _check(body):
+    if data[:_CHECK_BYTES] != check(body):
         raise BrokenRecordError("the record does not match its own check")
-    text = zlib.decompressobj(-zlib.MAX_WBITS, _DICTIONARY).decompress(body)
+    return parsed(inflated(body))
+
+
+def check(body: bytes) -> bytes:
+    """What stands before a record's bytes."""
+    return hashlib.sha256(body).digest()[:_CHECK_BYTES]
+
+
+def deflated(text: bytes) -> bytes:
+    """With the catalog's dictionary; `inflated` is the inverse."""
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS, zdict=_DICTIONARY)
+    return deflate.compress(text) + deflate.flush()
+
+
+def inflated(body: bytes) -> bytes:
+    return zlib.decompressobj(-zlib.MAX_WBITS, _DICTIONARY).decompress(body)
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """JSON as `canonical` writes it."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:  # NaN and Infinity, which JSON itself has no words for
@@ -193,10 +211,6 @@ def _plain_copy(record: Mapping[str, Any]) -> dict[str, Any] | None:
             return None
         copied[name] = value
     return copied
-
-
-def _check(body: bytes) -> bytes:
-    return hashlib.sha256(body).digest()[:_CHECK_BYTES]
 
 
 def _plain(value: Any) -> Any:

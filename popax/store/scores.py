@@ -10,6 +10,7 @@ from popax.errors import ConflictError, CorruptRevisionError
 from popax.store import pointers
 from popax.store.database import Database, storage_errors
 from popax.store.manifest import Manifest, UserRecord
+from popax.store.packed import seal_user
 from popax.store.publishing import digest_at
 from popax.store.reader import read_users
 from popax.store.records import BrokenRecordError, scores_key, seal, shown, unseal, user_key
@@ -95,7 +96,7 @@ def promote_scored(database: Database, entries: Sequence[tuple[Manifest, Scores]
             if there[-1] and record is not None:
                 moved[manifest.user] = pointers.promoted(record, manifest.revision)
         _write(database, transaction, [entry for entry, kept in zip(entries, there, strict=True) if kept])
-        for written in [store.write(user_key(user), seal(record.stored())) for user, record in moved.items()]:
+        for written in [store.write(user_key(user), seal_user(record.stored())) for user, record in moved.items()]:
             written.result()
         return there
 

@@ -172,8 +172,8 @@ def test_opening(tmp_path, catalog, cohort, place, make_adapter):
         Catalog.open("bogus://nowhere")
     with pytest.raises(CatalogError, match="read-only"):
         Catalog.open(place, read_only=True).commit(cohort, "ada", make_adapter())
-    (place / "popax_catalog.json").write_text('{"format": 3, "shards": 1}')
-    with pytest.raises(CatalogError, match="format 3"):
+    (place / "popax_catalog.json").write_text('{"format": 4, "shards": 1}')
+    with pytest.raises(CatalogError, match="format 4"):
         Catalog.open(place)
     (place / "popax_catalog.json").write_text("[")
     with pytest.raises(CatalogError, match="not a catalog's marker"):

@@ -1,6 +1,8 @@
 """What was deleted is in no file after `gc`, what is alive is untouched, and nobody has to stop for it."""
 
+import contextlib
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +16,8 @@ import tensorstore as ts
 from popax.errors import ConflictError, CorruptRevisionError
 from popax.store import Catalog, Commit
 from popax.store.database import Database
-from popax.store.records import _DICTIONARY, row_key, user_hash
+from popax.store.packed import unseal_user
+from popax.store.records import BrokenRecordError, row_key, unseal, user_hash
 from popax.store.tree import Leaf, walk
 
 USERS = [f"user-{index}" for index in range(60)]
@@ -40,10 +43,11 @@ def _contents(place):
                 for key in node.keys:
                     value = database.shard(shard).read(key).result().value
                     parts.append(key + b"\0" + value)
-                    try:
-                        parts.append(zlib.decompressobj(-zlib.MAX_WBITS, _DICTIONARY).decompress(value[8:]))
-                    except zlib.error:
-                        continue
+                    # A record is deflated after its check; a user's, or a revision's, after its fixed fields as well.
+                    with contextlib.suppress(BrokenRecordError, UnicodeDecodeError, struct.error, zlib.error):
+                        parts.append(repr(dict(unseal_user(value)["manifest"])).encode())
+                    with contextlib.suppress(BrokenRecordError, zlib.error):
+                        parts.append(repr(unseal(value)).encode())
     return b"\n".join(parts)
 
 

@@ -13,6 +13,7 @@ from popax.errors import CheckpointError, SignatureError
 from popax.store import Catalog, Commit
 from popax.store.database import Database
 from popax.store.extract import extract_user
+from popax.store.packed import seal_user, unseal_user
 from popax.store.records import cohort_key, row_key, seal, unseal, user_key
 from popax.store.signing import Signer, Trust
 
@@ -61,7 +62,7 @@ def test_only_what_a_trusted_key_signed_is_loaded(signed, keys, make_adapter, sa
 def test_what_was_changed_after_signing_is_refused(signed, keys, make_adapter, layout):
     """The digest in the manifest agrees with the forged row: only the signature tells."""
     database = Database.open(signed, create=False)
-    record = unseal(database.kvstore.read(user_key("ada")).result().value)
+    record = unseal_user(database.kvstore.read(user_key("ada")).result().value)
     forged = layout.pack(make_adapter(99))
     for change in ("digest", "user", "base"):
         manifest = dict(record["manifest"])
@@ -69,11 +70,11 @@ def test_what_was_changed_after_signing_is_refused(signed, keys, make_adapter, l
             database.kvstore.write(row_key(manifest["cohort"], manifest["row"]), forged.tobytes()).result()
             manifest["digest"] = hashlib.sha256(forged.tobytes()).hexdigest()
         elif change == "user":
-            other = unseal(database.kvstore.read(user_key("bob")).result().value)["manifest"]
-            manifest = {**other, "user": "ada", "revision": 1}
+            other = unseal_user(database.kvstore.read(user_key("bob")).result().value)["manifest"]
+            manifest = {**other, "revision": 1}
         else:
             manifest["signature"] = {**manifest["signature"], "value": "00" * 64}
-        database.kvstore.write(user_key("ada"), seal({**record, "manifest": manifest})).result()
+        database.kvstore.write(user_key("ada"), seal_user({**record, "manifest": manifest})).result()
         trusting = Catalog.open(signed, trusted=Trust.from_pem(keys["ours"][1]))
         with pytest.raises(SignatureError, match="'ada'@1 is not what the key"):
             trusting.load("ada")

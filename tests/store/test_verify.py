@@ -5,7 +5,8 @@ import pytest
 
 from popax.store import Catalog, Commit
 from popax.store.database import Database
-from popax.store.records import derived_key, manifest_key, row_key, seal, unseal, user_key
+from popax.store.packed import seal_user, unseal_user
+from popax.store.records import derived_key, manifest_key, row_key, seal, user_key
 
 USERS = [f"user-{index}" for index in range(40)]
 
@@ -38,7 +39,7 @@ def test_a_whole_catalog_is_clean_and_counted(full, cohort):
 def _record(user, **changed):
     """What the store does to a user's record."""
     return lambda store: store.write(
-        user_key(user), seal({**unseal(store.read(user_key(user)).result().value), **changed})
+        user_key(user), seal_user({**unseal_user(store.read(user_key(user)).result().value), **changed})
     ).result()
 
 
