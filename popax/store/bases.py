@@ -92,7 +92,8 @@ class BasisShelf:
 
     def _read_basis(self, cohort: str, layout: str, row: int, digest: str) -> Basis:
         store, key = self._database.kvstore, row_key(basis_array(cohort, layout), row)
-        packed, described = settled(store, key, store.read(key)), store.read(layout_key(layout)).result()
+        packed = settled(store.read(key), lambda: store.read(key))
+        described = store.read(layout_key(layout)).result()
         basis = Basis(RowLayout.from_dict(unseal(described.value)).unpack(np.frombuffer(packed.value, np.uint8)))
         if basis.digest != digest:
             raise BrokenRecordError(f"row {row} does not have digest {digest}")

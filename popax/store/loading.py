@@ -121,8 +121,11 @@ class RevisionLoader:
 
     def _finish(self, manifest: Manifest, future: ts.Future) -> np.ndarray:
         stored = finish_row(self._database, manifest, future)
+        if manifest.codec is None:
+            return stored
         codec = self._registry.codec(manifest)
-        return stored if codec is None else codec.decode(self._registry.known(manifest.cohort).layout, stored)
+        assert codec is not None
+        return codec.decode(self._registry.known(manifest.cohort).layout, stored)
 
     def _row_bytes(self, manifest: Manifest) -> int:
         return self._registry.known(manifest.cohort).layout.row_bytes

@@ -58,7 +58,7 @@ def read_optimizer_row(database: Database, manifest: Manifest) -> np.ndarray:
     assert kept is not None
     key = row_key(manifest.optimizer_array, kept["row"])
     try:
-        packed = np.frombuffer(settled(store, key, store.read(key)).value, np.uint8)
+        packed = np.frombuffer(settled(store.read(key), lambda: store.read(key)).value, np.uint8)
         problem = "" if row_digest(packed) == kept["digest"] else f"does not have digest {kept['digest']}"
     except (ValueError, OSError) as error:
         if is_refused(error):

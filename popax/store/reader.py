@@ -91,13 +91,15 @@ def start_row(database: Database, manifest: Manifest) -> ts.Future:
 def start_latest_row(database: Database, record: UserRecord) -> ts.Future:
     """As `start_row`, of the latest revision, whose manifest need not have been made."""
     latest = record.current
-    plain = isinstance(latest, StoredManifest) and not latest.encoded
-    array = rows_array(latest["cohort"], None if plain else rows_label(latest.get("codec")))
+    if isinstance(latest, StoredManifest) and not latest.encoded:
+        fixed = latest.fixed
+        return database.shard(fixed["shard"]).read(row_key(fixed["cohort"], fixed["row"]))
+    array = rows_array(latest["cohort"], rows_label(latest.get("codec")))
     return database.shard(latest.get("shard", 0)).read(row_key(array, latest["row"]))
 
 
-def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadResult:
-    """The result of the read that `future` began; read again, from the version that is there now, where `gc` had
+def settled(future: ts.Future, again: Callable[[], ts.Future]) -> ts.KvStore.ReadResult:
+    """The result of the read that `future` began; begun `again`, from the version that is there now, where `gc` had
     removed a file since. Readers take no lock: this is all that it costs them."""
     for _ in range(_READS_AGAIN):
         try:
@@ -105,19 +107,18 @@ def settled(store: ts.KvStore, key: str, future: ts.Future) -> ts.KvStore.ReadRe
         except ValueError as error:
             if not is_gone(error):
                 raise
-            future = store.read(key)
+            future = again()
     return future.result()
 
 
 def finish_row(database: Database, manifest: Manifest, future: ts.Future) -> np.ndarray:
     """The revision's row, uint8 [row_bytes]. Raises CorruptRevisionError where it is not that of its digest."""
     try:
-        result = settled(database.shard(manifest.shard), row_key(manifest.array, manifest.row), future)
+        value = settled(future, lambda: start_row(database, manifest)).value
     except (ValueError, OSError) as error:
         if is_refused(error):
             raise storage_error(database.place, error) from error
         raise _corrupt(f"the row of {manifest.shown}", error) from error
-    value = result.value
     if hashlib.sha256(value).hexdigest() != manifest.digest:  # `row_digest` of it
         raise _corrupt(f"the row of {manifest.shown}", f"row {manifest.row} does not have digest {manifest.digest}")
     return np.frombuffer(value, np.uint8)
@@ -183,7 +184,7 @@ def _unsealed(
 ) -> dict[str, Any] | None:
     """The record, None where there is none; what(*named): how an error calls it."""
     try:
-        result = settled(store, key, future)
+        result = settled(future, lambda: store.read(key))
         return unseal_user(result.value) if result.state == "value" else None
     except CatalogError:
         raise
