@@ -1,6 +1,5 @@
 """The bases of a catalog: rows of their own, found by what a manifest says, and whose updates each was fitted on."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,14 +42,15 @@ class BasisShelf:
 
     def __init__(self, database: Database):
         self._database = database
-        self._read = functools.lru_cache(_CACHED)(self._read_basis)
+        # Not functools.lru_cache on a method: that is a cycle, and a catalog's cache of nodes would outlive it.
+        self._bases: dict[str, Basis] = {}
 
     def of(self, manifest: Manifest) -> Basis:
         """The basis that the revision's row is written in. Raises CorruptRevisionError naming the revision."""
         record = manifest.codec
         assert record is not None
         try:
-            return self._read(manifest.cohort, record["layout"], record["row"], record["basis"])
+            return self._kept(manifest.cohort, record["layout"], record["row"], record["basis"])
         except (BrokenRecordError, ValueError, OSError) as error:
             if is_refused(error):
                 raise storage_error(self._database.place, error) from error
@@ -90,7 +90,15 @@ class BasisShelf:
         there = [one for one in records if _is_there(self._database, one["array"], one["row"])]
         return sorted(Fitted(one["user"], one["revision"], one["digest"]) for one in there)
 
-    def _read_basis(self, cohort: str, layout: str, row: int, digest: str) -> Basis:
+    def _kept(self, cohort: str, layout: str, row: int, digest: str) -> Basis:
+        found = self._bases.get(digest)
+        if found is None:
+            found = self._bases[digest] = self._read(cohort, layout, row, digest)
+            for oldest in list(self._bases)[:-_CACHED]:
+                self._bases.pop(oldest, None)
+        return found
+
+    def _read(self, cohort: str, layout: str, row: int, digest: str) -> Basis:
         store, key = self._database.kvstore, row_key(basis_array(cohort, layout), row)
         packed = settled(store.read(key), lambda: store.read(key))
         described = store.read(layout_key(layout)).result()

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -199,3 +201,19 @@ def test_what_is_not_json_is_refused_before_anything_is_written(catalog, cohort,
     with pytest.raises(CatalogError, match="JSON"):
         catalog.commit(cohort, "ada", make_adapter(), metrics={"x": object()})
     assert not catalog.exists("ada")
+
+
+def test_a_catalog_is_gone_with_its_last_reference(catalog, cohort, make_adapter, place):
+    """Without the garbage collector: its cache of nodes, hundreds of megabytes, must not wait for one."""
+    catalog.commit(cohort, "ada", make_adapter(), codec="int8")
+    gc.collect()
+    gc.disable()
+    try:
+        reader = Catalog.open(place, read_only=True)
+        reader.load_stacked(["ada"])
+        reader.verify()
+        database = weakref.ref(reader._database)
+        del reader
+        assert database() is None
+    finally:
+        gc.enable()
