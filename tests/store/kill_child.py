@@ -22,6 +22,11 @@ def adapter(value: int) -> dict:
     return {"s": {"x": np.full(2000, value, np.int32)}}
 
 
+def beside(value: int) -> dict | None:
+    """Its optimizer's state: every other commit has one."""
+    return {"mu": np.full(700, value, np.int32)} if value % 2 else None
+
+
 def choose(catalog, rng: random.Random, value: int) -> dict | None:
     """The next operation, as a plain record; None where the catalog is not ready for the one that was drawn."""
     kind = rng.choices(list(OPERATIONS), list(OPERATIONS.values()))[0]
@@ -49,8 +54,8 @@ def perform(catalog, cohort, operation: dict) -> None:
     kind = operation["kind"]
     if kind in ("commit", "batch"):
         value = operation["value"]
-        made = adapter(value)
-        catalog.commit_batch(cohort, [Commit(user, made, metrics={"value": value}) for user in operation["users"]])
+        fields = {"metrics": {"value": value}, "optimizer": beside(value)}
+        catalog.commit_batch(cohort, [Commit(user, adapter(value), **fields) for user in operation["users"]])
     elif kind == "promote":
         catalog.promote(operation["user"], operation["revision"])
     elif kind == "tag":

@@ -67,8 +67,11 @@ def _found(catalog):
         history = catalog.history(record.user)
         values = {manifest.revision: manifest.metrics.get("value", 0) for manifest in history}
         users[record.user] = User(values, list(record.promotions), dict(record.tags))
-        latest, _ = catalog.load(record.user)
+        latest, manifest = catalog.load(record.user)
         assert (latest["s"]["x"] == values[record.latest]).all()
+        assert (manifest.optimizer is not None) == bool(values[record.latest] % 2)
+        if manifest.optimizer is not None:
+            assert (catalog.load_optimizer(manifest)["mu"] == values[record.latest]).all()
     return users
 
 
@@ -119,7 +122,9 @@ def _killed(place, config, specs, kills):
                 interrupted.add(begun["kind"])
             audit = opened.verify()
             assert audit.clean, audit.problems
-            assert audit.rows == sum(len(user.values) for user in model.users.values())
+            values = [value for user in model.users.values() for value in user.values.values()]
+            assert audit.rows == len(values)
+            assert audit.optimizer_states == sum(value % 2 for value in values)
         nursery.stdin.close()
     assert total > kills
     return model, interrupted
