@@ -9,7 +9,7 @@ import numpy as np
 import tensorstore as ts
 
 from popax.adapters.base import AdapterConfig, SiteSpec
-from popax.errors import CatalogError, PopulationError
+from popax.errors import CatalogError
 from popax.store import deletion, pointers
 from popax.store.bases import BasisShelf
 from popax.store.codec import RowCodec
@@ -187,12 +187,8 @@ class Catalog:
 
         Raises PopulationError where the users are none or of several cohorts, else as `load`.
         """
-        manifests, rows = self._loader.load([(user, revision) for user in users], base_digest)
-        cohorts = {manifest.cohort for manifest in manifests}
-        if len(cohorts) != 1:
-            raise PopulationError(f"{len(users)} users of {len(cohorts)} cohorts do not stack: name users of one")
-        joined = np.frombuffer(b"".join([row.data for row in rows]), np.uint8)
-        return self._registry.known(cohorts.pop()).layout.unpack(joined.reshape(len(rows), -1)), manifests
+        manifests, rows_NxB = self._loader.stacked([(user, revision) for user in users], base_digest)
+        return self.cohort_of(manifests[0]).layout.unpack(rows_NxB), manifests
 
     def resolve(self, requests: Sequence[tuple[str, Which]], *, base_digest: str | None = None) -> list[Manifest]:
         """The manifest of each (user, revision), read in parallel. Errors as `load`."""

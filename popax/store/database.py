@@ -58,6 +58,7 @@ class Database:
         self.directory = Path(place).expanduser().absolute() if is_local(place) else None
         self.locks = CatalogLocks(self.directory)
         self._shards: dict[int, ts.KvStore] = {}
+        self._rows: dict[tuple[str, int], ts.TensorStore] = {}
         self.kvstore: ts.KvStore = self.shard(0)
 
     def shard(self, index: int) -> ts.KvStore:
@@ -177,6 +178,19 @@ class Database:
         }
         with self.writing():
             ts.open(spec, context=self._context, open=True, create=True).result()
+
+    def rows(self, cohort: str, shard: int) -> ts.TensorStore:
+        """The array of a cohort's rows, to read many at once; opened once. It keeps no rows: they would push the tree's
+        nodes out of the cache."""
+        if (cohort, shard) not in self._rows:
+            spec = {
+                "driver": "zarr3",
+                "kvstore": {**self._spec(shard), "path": rows_path(cohort)},
+                "cache_pool": {"total_bytes_limit": 0},
+                "recheck_cached_metadata": False,
+            }
+            self._rows[cohort, shard] = ts.open(spec, context=self._context, open=True, read=True).result()
+        return self._rows[cohort, shard]
 
 
 @contextlib.contextmanager

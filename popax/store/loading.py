@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import tensorstore as ts
 
-from popax.errors import BaseMismatchError, CorruptRevisionError, RevisionNotFoundError
+from popax.errors import BaseMismatchError, CorruptRevisionError, PopulationError, RevisionNotFoundError
 from popax.store.database import Database
+from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord
+from popax.store.packed import StoredManifest
 from popax.store.pointers import Which, resolve
 from popax.store.reader import (
     Request,
@@ -52,6 +54,42 @@ class RevisionLoader:
         begun = [start_latest_row(self._database, record) if at == record.latest else None for record, at in wanted]
         manifests = self._checked(wanted, base_digest)
         return manifests, self._rows(manifests, begun)
+
+    def stacked(
+        self, requests: Sequence[tuple[str, Which]], base_digest: str | None = None
+    ) -> tuple[list[Manifest], np.ndarray]:
+        """`load`, with the rows as one array [N, row_bytes]: latest revisions of one array in one read of it.
+
+        Raises PopulationError where the users are none or of several cohorts.
+        """
+        wanted = self._wanted(requests)
+        places = _places(wanted)
+        begun = None if places is None else self._start(*places)
+        manifests = self._checked(wanted, base_digest)
+        cohorts = {manifest.cohort for manifest in manifests}
+        if len(cohorts) != 1:
+            raise PopulationError(f"{len(requests)} users of {len(cohorts)} cohorts do not stack: name users of one")
+        rows_NxB = None if begun is None else self._arrived(manifests, begun)
+        return manifests, np.stack(self.rows(manifests)) if rows_NxB is None else rows_NxB
+
+    def _start(self, array: str, shard: int, rows: list[int]) -> ts.Future | None:
+        try:
+            return self._database.rows(array, shard)[rows].read()
+        except (ValueError, OSError):
+            return None  # reading one by one tells what is wrong
+
+    def _arrived(self, manifests: Sequence[Manifest], begun: ts.Future) -> np.ndarray | None:
+        """None where a row is not that of its digest, or a file was removed meanwhile: read one by one, each is read
+        again, and named where it is broken."""
+        try:
+            rows_NxB = begun.result()
+        except (ValueError, OSError):
+            return None
+        right = lambda row, manifest: row_digest(row) == manifest.digest  # noqa: E731
+        if rows_NxB.nbytes < _PARALLEL_BYTES:
+            return rows_NxB if all(map(right, rows_NxB, manifests)) else None
+        with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="popax-digest") as threads:
+            return rows_NxB if all(threads.map(right, rows_NxB, manifests)) else None
 
     def _wanted(self, requests: Sequence[tuple[str, Which]]) -> list[tuple[UserRecord, int]]:
         records = read_users(self._database, None, [user for user, _ in requests])
@@ -129,6 +167,18 @@ class RevisionLoader:
 
     def _row_bytes(self, manifest: Manifest) -> int:
         return self._registry.known(manifest.cohort).layout.row_bytes
+
+
+def _places(wanted: Sequence[tuple[UserRecord, int]]) -> tuple[str, int, list[int]] | None:
+    """(array, shard, rows) of latest revisions that all lie in one array as they are; None where they do not."""
+    rows, arrays = [], set()
+    for record, revision in wanted:
+        current = record.current
+        if revision != record.latest or not isinstance(current, StoredManifest) or current.encoded:
+            return None
+        arrays.add((current.fixed["cohort"], current.fixed["shard"]))
+        rows.append(current.fixed["row"])
+    return (*arrays.pop(), rows) if len(arrays) == 1 else None
 
 
 def _check_bases(manifests: Sequence[Manifest], base_digest: str | None) -> None:

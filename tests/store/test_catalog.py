@@ -2,6 +2,7 @@ import gc
 import json
 import weakref
 
+import jax
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -10,10 +11,13 @@ from popax.errors import (
     BaseMismatchError,
     CatalogError,
     ConflictError,
+    CorruptRevisionError,
     PopulationError,
     RevisionNotFoundError,
 )
 from popax.store import Catalog, Commit, Manifest, RowLayout
+from popax.store.database import Database
+from popax.store.records import row_key
 
 
 def test_a_revision_comes_back_bit_for_bit_with_its_record(catalog, cohort, make_adapter, same, place):
@@ -217,3 +221,43 @@ def test_a_catalog_is_gone_with_its_last_reference(catalog, cohort, make_adapter
         assert database() is None
     finally:
         gc.enable()
+
+
+def test_many_are_stacked_whatever_their_rows_lie_in(catalog, cohort, make_adapter, place, same):
+    """Of one array in one read, of several (other shards, other forms, superseded ones) one by one: the same rows."""
+    users = [f"user-{at}" for at in range(6)]
+    catalog.commit_batch(cohort, [Commit(user, make_adapter(at)) for at, user in enumerate(users)])
+    staged = catalog.stage_batch(cohort, [Commit("apart", make_adapter(7))], shard=1)
+    catalog.publish(cohort, staged, shards=2)
+    catalog.commit(cohort, "twice", make_adapter(8))
+    catalog.commit(cohort, "twice", make_adapter(9))
+    reader = Catalog.open(place, read_only=True)
+
+    def stacked(names, revision=None):
+        found, manifests = reader.load_stacked(names, revision)
+        assert [manifest.user for manifest in manifests] == list(names)
+        return [jax.tree.map(lambda leaf, at=at: leaf[at], found) for at in range(len(names))]
+
+    for found, seed in zip(stacked([*users[::-1], users[0]]), [5, 4, 3, 2, 1, 0, 0], strict=True):
+        same(found, make_adapter(seed))
+    for found, seed in zip(stacked([users[1], "apart", "twice"]), [1, 7, 9], strict=True):
+        same(found, make_adapter(seed))
+    for found, seed in zip(stacked([users[1], "twice"], 1), [1, 8], strict=True):
+        same(found, make_adapter(seed))
+    catalog.commit(cohort, "small", make_adapter(3), codec="int8")
+    assert len(stacked([users[3], "small"])) == 2
+    with pytest.raises(PopulationError, match="0 users of 0 cohorts"):
+        reader.load_stacked([])
+
+
+def test_a_broken_row_among_many_is_named_and_so_is_one_that_is_gone(catalog, cohort, make_adapter, place):
+    catalog.commit_batch(cohort, [Commit(f"user-{at}", make_adapter(at)) for at in range(6)])
+    manifest = catalog.load("user-4")[1]
+    store, key = Database.open(place, create=False).kvstore, row_key(manifest.array, manifest.row)
+    good = bytearray(store.read(key).result().value)
+    users = [f"user-{at}" for at in range(6)]
+    good[9] ^= 32
+    for broken in (bytes(good), None):
+        store.write(key, broken).result()
+        with pytest.raises(CorruptRevisionError, match="'user-4'@1"):
+            Catalog.open(place, read_only=True).load_stacked(users)
