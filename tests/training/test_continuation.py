@@ -99,7 +99,7 @@ def test_invariant_6_stopping_in_the_second_run_changes_nothing(base, pipeline_o
     """Also over a mesh, where each block of the population has its own members."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("population",))
     base = dataclasses.replace(base, params=jax.device_put(base.params, NamedSharding(mesh, PartitionSpec())))
-    pipeline, config = pipeline_of(5), kept(steps=6, slots=2, early_stop=EarlyStop(every=2, patience=2))
+    pipeline, config = pipeline_of(3), kept(steps=4, slots=2, early_stop=EarlyStop(every=2, patience=2))
     straight = runs(base, pipeline, tmp_path / "straight", config, config, mesh=mesh)
     catalog = runs(base, pipeline, tmp_path / "stopped", config, mesh=mesh)
     finished, starts = False, 0
