@@ -89,14 +89,15 @@ def compress(
 
 def _fitted(catalog: Catalog, users: Sequence[str], inner: str, shared: Shared) -> dict[str, _Chooser]:
     """Bases for each cohort among the users, fitted and kept."""
-    sample: dict[str, list[Manifest]] = {}
+    sample: dict[str, EveryFew] = {}
     for some in chunks(users, _AT_A_TIME):
         for cohort, members in _by_cohort(catalog, catalog.resolve([(user, None) for user in some])):
-            sample.setdefault(cohort.id, []).extend(members)
+            few = sample.setdefault(cohort.id, EveryFew(shared.fit_users))
+            for member in members:
+                few.add(member)
     made: dict[str, _Chooser] = {}
-    for members in sample.values():
-        # Every so many: users are listed by their ids' hashes, and so are in no order of their own.
-        fit_on = members[:: -(-len(members) // shared.fit_users)]
+    for few in sample.values():
+        fit_on = few.taken
         cohort = catalog.cohort_of(fit_on[0])
         fit = {"rank": shared.rank, "clusters": shared.clusters, "seed": shared.seed}
         bases, nearest_N = fit_bases(cohort, catalog.read_rows(fit_on), **fit)
@@ -112,6 +113,22 @@ def _fitted(catalog: Catalog, users: Sequence[str], inner: str, shared: Shared) 
 
         made[cohort.id] = choose
     return made
+
+
+class EveryFew:
+    """At most `most` of what is added, evenly spread. Users are listed by their ids' hashes, and
+    so are in no order of their own."""
+
+    def __init__(self, most: int):
+        self.taken: list[Manifest] = []
+        self._most, self._every, self._seen = most, 1, 0
+
+    def add(self, member: Manifest) -> None:
+        if self._seen % self._every == 0:
+            self.taken.append(member)
+            if len(self.taken) > self._most:
+                self.taken, self._every = self.taken[::2], 2 * self._every
+        self._seen += 1
 
 
 def _of(members: Sequence[Manifest], nearest_N: np.ndarray, index: int) -> list[Manifest]:

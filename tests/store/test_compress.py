@@ -8,7 +8,7 @@ import pytest
 from popax.errors import CatalogError, CorruptRevisionError
 from popax.store import Catalog, Commit
 from popax.store.codec import CODECS
-from popax.store.compress import compress
+from popax.store.compress import EveryFew, compress
 from popax.store.database import Database
 from popax.store.records import row_key
 
@@ -101,3 +101,13 @@ def test_an_unknown_codec_is_named(catalog, cohort, make_adapter):
     with pytest.raises(CatalogError, match="'int3': one of int8, int4"):
         catalog.commit(cohort, "a", make_adapter(), codec="int3")
     assert not catalog.exists("a")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100, 1000])
+def test_a_sample_is_bounded_and_evenly_spread(count):
+    few = EveryFew(8)
+    for number in range(count):
+        few.add(number)
+    assert min(count, 4) <= len(few.taken) <= 8
+    assert len({later - earlier for earlier, later in zip(few.taken, few.taken[1:], strict=False)}) <= 1
+    assert count < 8 or few.taken[-1] >= count - 1 - (few.taken[1] - few.taken[0])
