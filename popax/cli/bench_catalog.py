@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from popax.cli.gin_door import add_arguments, open_door
@@ -28,9 +27,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from popax.bench.host_memory import share_arenas
-
-    share_arenas()
     from popax.bench.catalog.config import BenchCatalogConfig
     from popax.bench.catalog.picture import draw_catalog
     from popax.bench.catalog.run import bench_catalog
@@ -40,19 +36,11 @@ def run(args: argparse.Namespace) -> int:
     door = open_door(args)
     overrides = {} if args.users is None else {"users": args.users}
     model, config = door.build(ModelConfig), door.build(BenchCatalogConfig, **overrides)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    figures, rows = bench_catalog(model, config, place=Path(args.place) if args.place else None, say=say)
+    figures, rows = bench_catalog(model, config, place=Path(args.place) if args.place else None)
     for name, value in figures.items():
-        print(f"{name:28s} {value:.4g}" if isinstance(value, float) else f"{name:28s} {value}")
+        print(f"{name:28s} {_shown(value)}")
     for row in rows:
-        print(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-            )
-        )
+        print("  ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     if args.picture:
         draw_catalog(figures, rows, args.picture)
     if args.json:

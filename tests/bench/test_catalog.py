@@ -19,8 +19,7 @@ MODEL = ModelConfig(
 @pytest.mark.slow
 def test_fifty_thousand_users(tmp_path):
     config = BenchCatalogConfig(users=50_000, large_users=64, layouts=(4, 16), loads=500, batch_loads=5, warm_loads=5)
-    said = []
-    figures, rows = bench_catalog(MODEL, config, place=tmp_path / "catalog", say=said.append)
+    figures, rows = bench_catalog(MODEL, config, place=tmp_path / "catalog")
     assert (figures["users"], figures["row_bytes"], figures["large_row_bytes"]) == (50_000, 4096, 2_490_368)
     assert figures["wrong_adapters"] == 0
     assert figures["audited_revisions"] == figures["audited_rows"] == 50_000 + 64 + config.history_revisions - 1

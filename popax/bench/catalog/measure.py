@@ -2,8 +2,8 @@
 
 import gc
 import os
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from popax.bench.catalog.config import BenchCatalogConfig
 from popax.bench.catalog.population import LARGE, bulk_order, commits, large_commits, mark_of, register, user_id
-from popax.bench.host_memory import give_back, peak_resident_bytes
+from popax.bench.host_memory import give_back
 from popax.errors import CatalogError
 from popax.modeling.config import ModelConfig
 from popax.store.catalog import Catalog
@@ -20,15 +20,14 @@ from popax.store.extract import extract_to_peft
 from popax.store.statistics import directory_bytes
 
 Figures = dict[str, Any]
-Say = Callable[[str], None]
 LARGE_BATCH = 16
 IO = Path("/proc/self/io")
 
 
-def build(place: Path, model: ModelConfig, config: BenchCatalogConfig, say: Say) -> Figures:
+def build(place: Path, model: ModelConfig, config: BenchCatalogConfig) -> Figures:
     """Commit all users, or those that an interrupted build has left. The rate is that of the small rows."""
     bench = register(place, model, config)
-    say(f"rows of {bench.small.layout.row_bytes:,} and {bench.large.layout.row_bytes:,} bytes in {place}")
+    _say(f"rows of {bench.small.layout.row_bytes:,} and {bench.large.layout.row_bytes:,} bytes in {place}")
     order = bulk_order(config.users)
     settle()
     start, seconds = _committed(bench.catalog, order), 0.0
@@ -38,7 +37,7 @@ def build(place: Path, model: ModelConfig, config: BenchCatalogConfig, say: Say)
         bench.catalog.commit_batch(bench.small, batch)
         seconds += time.perf_counter() - began
         if at // config.batch % 10 == 9:
-            say(f"{at + len(batch):,} of {len(order):,} users, {(at + len(batch) - start) / seconds:,.0f} revisions/s")
+            _say(f"{at + len(batch):,} of {len(order):,} users, {(at + len(batch) - start) / seconds:,.0f} revisions/s")
     small_bytes = directory_bytes(place)
     large = [number for number in range(config.large_users) if not bench.catalog.exists(LARGE + user_id(number))]
     for at in range(0, len(large), LARGE_BATCH):
@@ -134,14 +133,14 @@ def extract_one(place: Path, config: BenchCatalogConfig, scratch: Path) -> Figur
     return figures
 
 
-def audit(place: Path, config: BenchCatalogConfig, say: Say) -> Figures:
+def audit(place: Path, config: BenchCatalogConfig) -> Figures:
     """Every revision, read and checked."""
     if not config.audit:
         return {}
     began = time.perf_counter()
     parts = iter(range(10**9))
     found = Catalog.open(place, read_only=True).verify(
-        progress=lambda users: say(f"{users:,} users audited") if next(parts) % 32 == 31 else None
+        progress=lambda users: _say(f"{users:,} users audited") if next(parts) % 32 == 31 else None
     )
     if not found.clean or found.orphan_rows:
         raise CatalogError(
@@ -153,15 +152,14 @@ def audit(place: Path, config: BenchCatalogConfig, say: Say) -> Figures:
 
 def settle() -> None:
     """What is in memory by now stays: the collector need not look through all modules' objects again and again, which
-    costs a third of the time of commits and loads. A server does the same when it is ready. What is free is given back:
-    of building, a serving process knows nothing."""
+    costs a third of the time of commits and loads. A server does the same when it is ready. What is free is given back."""
     gc.collect()
     gc.freeze()
     give_back()
 
 
-def memory() -> Figures:
-    return {"peak_bytes": peak_resident_bytes()}
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _committed(catalog: Catalog, order: np.ndarray) -> int:
