@@ -71,6 +71,14 @@ class ResidencyTimeoutError(PopaxError):
     """A request did not get its device slots in time: others hold them."""
 
 
+class QueueFullError(PopaxError):
+    """More requests wait than the server takes: ask again later."""
+
+
+class ServingError(PopaxError):
+    """A request that the server does not take as it is, or cannot answer now; its message says what would be taken."""
+
+
 class PlanError(PopaxError):
     """A step cannot be compiled ahead of time: the compiler, or the process that runs it, gave up."""
 

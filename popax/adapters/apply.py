@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ class SiteAdapters:
     """A SiteFn over the arrays of some sites; the model's layer scan slices the leaves of the layered ones.
 
     slot: None when the state is one user's; else int [B], each row's slot on the state's leading axis, -1 for base
-    only.
+    only. rows: of a flat batch [M, 1] (popax.modeling.cache.PagedCache): its first so many tokens have a slot each, the
+    others, in groups of equal length, a slot for each group. weight: float32 [B], a factor on each row's delta (deltas
+    are linear in x), which skips the delta altogether where no row has a slot.
     """
 
     cohort: Cohort = dataclasses.field(metadata={"static": True})
@@ -26,15 +29,52 @@ class SiteAdapters:
     scale: dict[str, jax.Array]
     dropout_key: jax.Array | None = None
     slot: jax.Array | None = None
+    rows: int | None = dataclasses.field(default=None, metadata={"static": True})
+    weight: jax.Array | None = None
 
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
         adapted = [site for site in ys if site in self.state]
         operands = {site: (self.state[site], self.shared.get(site, {}), self.scale[site]) for site in adapted}
         if self.slot is not None and adapted:
             sites = tuple(IndexedSite(*operands[site], ys[site]) for site in adapted)
-            return ys | dict(zip(adapted, self.cohort.method.indexed(sites, x, self.slot), strict=True))
+            return ys | dict(zip(adapted, self._weighted(sites, x, self.slot), strict=True))
         delta = self.cohort.method.delta
         return ys | {site: delta(*operands[site], x, ys[site], self._dropout(site)) for site in adapted}
+
+    def _weighted(self, sites: tuple[IndexedSite, ...], x: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+        if self.weight is None:
+            return self._indexed(sites, x, slot)
+        added = lambda: self._indexed(sites, self._by_weight(x), slot)  # noqa: E731
+        return jax.lax.cond(jnp.any(slot >= 0), added, lambda: tuple(site.y_BxTxF for site in sites))
+
+    def _by_weight(self, x: jax.Array) -> jax.Array:
+        if self.weight is None:
+            return x
+        weight_B = self._each_token(self.weight, x.shape[0])
+        return x * weight_B.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+    def _indexed(self, sites: tuple[IndexedSite, ...], x: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
+        if self.rows is None:
+            return self.cohort.method.indexed(sites, x, slot)
+        groups = slot.shape[0] - self.rows
+        parts = []
+        for where, batch, slots in (
+            (slice(0, self.rows), self.rows, slot[: self.rows]),
+            (slice(self.rows, None), groups, slot[self.rows :]),
+        ):
+            if batch:
+                cut = lambda flat, where=where, batch=batch: flat[where].reshape(batch, -1, flat.shape[-1])  # noqa: E731
+                own = tuple(site._replace(y_BxTxF=cut(site.y_BxTxF)) for site in sites)
+                parts.append(self.cohort.method.indexed(own, cut(x), slots))
+        flat = [[each.reshape(-1, 1, each.shape[-1]) for each in part] for part in parts]
+        return tuple(jnp.concatenate(each) for each in zip(*flat, strict=True))
+
+    def _each_token(self, value_B: jax.Array, tokens: int) -> jax.Array:
+        """What rows and groups have, for each row of the batch."""
+        if self.rows is None or value_B.shape[0] == self.rows:
+            return value_B
+        width = (tokens - self.rows) // (value_B.shape[0] - self.rows)
+        return jnp.concatenate((value_B[: self.rows], jnp.repeat(value_B[self.rows :], width)))
 
     def adapts(self, site: str) -> bool:
         return site in self.state
@@ -43,6 +83,7 @@ class SiteAdapters:
         method = self.cohort.method.experts
         if method is None or not any(map(self.adapts, sites)):
             return None
+        slot = None if self.slot is None else self._each_token(self.slot, x_BxTxD.shape[0])
 
         def own(site: str) -> jax.Array | None:
             if not self.adapts(site):
@@ -53,18 +94,19 @@ class SiteAdapters:
         def before(site: str) -> jax.Array | None:
             if not self.adapts(site):
                 return None
-            return method.before(self.state[site], self.scale[site], self._drop(site, x_BxTxD), self.slot)
+            return method.before(self.state[site], self.scale[site], self._by_weight(self._drop(site, x_BxTxD)), slot)
 
         gate, up, down = sites
         factors = ExpertFactors(gate=own(gate), up=own(up), down=own(down), in_order=self.slot is None)
-        slot_B = jnp.zeros(x_BxTxD.shape[0], jnp.int32) if self.slot is None else self.slot.astype(jnp.int32)
+        slot_B = jnp.zeros(x_BxTxD.shape[0], jnp.int32) if slot is None else slot.astype(jnp.int32)
         return ExpertTerms(jnp.broadcast_to(slot_B[:, None], x_BxTxD.shape[:2]), before(gate), before(up), factors)
 
     def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
         method = self.cohort.method.experts
         if method is None or not self.adapts(site):
             return y_BxTxD
-        return method.after(self.state[site], self.scale[site], low_BxTxR, y_BxTxD, self.slot)
+        slot = None if self.slot is None else self._each_token(self.slot, y_BxTxD.shape[0])
+        return method.after(self.state[site], self.scale[site], self._by_weight(low_BxTxR), y_BxTxD, slot)
 
     def _dropout(self, site: str):
         return lambda features: self._drop(site, features)
@@ -88,6 +130,21 @@ class BoundAdapter:
     outer: SiteAdapters
 
 
+class Rows(NamedTuple):
+    """What SiteAdapters has of a batch of mixed rows."""
+
+    slot_B: jax.Array
+    weight_B: jax.Array | None
+    rows: int | None
+
+    def each_of(self, layers: int) -> "Rows":
+        """With a leading axis that the layer scan slices."""
+        slot_LxB, weight_LxB = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)), (self.slot_B, self.weight_B)
+        )
+        return self._replace(slot_B=slot_LxB, weight_B=weight_LxB)
+
+
 def bind(
     cohort: Cohort, adapter: AdapterState, shared: AdapterState, *, dropout_key: jax.Array | None = None
 ) -> BoundAdapter:
@@ -98,26 +155,37 @@ def bind(
     return _bound(cohort, adapter, shared, keys, None)
 
 
-def bind_slots(cohort: Cohort, pool: AdapterState, shared: AdapterState, slot_B: jax.Array) -> BoundAdapter:
+def bind_slots(
+    cohort: Cohort,
+    pool: AdapterState,
+    shared: AdapterState,
+    slot_B: jax.Array,
+    *,
+    rows: int | None = None,
+    weight_B: jax.Array | None = None,
+) -> BoundAdapter:
     """Many users' adapters for a batch of mixed rows.
 
     pool: {site: {leaf: [L, S, ...]}}, slots after layers so that the layer scan's slices are contiguous; [S, ...] at
-    sites outside the stacks. slot_B: int [B], -1 for base only.
+    sites outside the stacks. slot_B: int [B], -1 for base only. rows: as in SiteAdapters, of a flat batch; slots of its
+    groups follow those of its rows. weight_B: of each row's delta.
     """
-    return _bound(cohort, pool, shared, None, slot_B)
+    return _bound(cohort, pool, shared, None, Rows(slot_B, weight_B, rows))
 
 
 def _bound(
-    cohort: Cohort, adapter: AdapterState, shared: AdapterState, keys: jax.Array | None, slot_B: jax.Array | None
+    cohort: Cohort, adapter: AdapterState, shared: AdapterState, keys: jax.Array | None, rows: Rows | None
 ) -> BoundAdapter:
-    def part(names: list[str], key: jax.Array | None, slot: jax.Array | None) -> SiteAdapters:
+    def part(names: list[str], key: jax.Array | None, rows: Rows | None) -> SiteAdapters:
         return SiteAdapters(
             cohort=cohort,
             state={name: adapter[name] for name in names},
             shared={name: shared[name] for name in names if name in shared},
             scale={name: scales(cohort.specs[name]) for name in names},
             dropout_key=key,
-            slot=slot,
+            slot=rows.slot_B if rows else None,
+            rows=rows.rows if rows else None,
+            weight=rows.weight_B if rows else None,
         )
 
     def stack(prefix: str) -> SiteAdapters:
@@ -126,12 +194,11 @@ def _bound(
             return part([], None, None)
         num_layers = max(spec.info.layers for spec in specs.values())
         layer_keys = None if keys is None else jax.random.split(keys[0], num_layers)
-        slot_LxB = None if slot_B is None else jnp.broadcast_to(slot_B, (num_layers, *slot_B.shape))
-        return part(list(specs), layer_keys, slot_LxB)
+        return part(list(specs), layer_keys, rows and rows.each_of(num_layers))
 
     outer = [name for name, spec in cohort.specs.items() if not spec.info.layers]
     return BoundAdapter(
         dense_layers=stack("dense_layers."),
         layers=stack("layers."),
-        outer=part(outer, None if keys is None else keys[1], slot_B),
+        outer=part(outer, None if keys is None else keys[1], rows),
     )

@@ -3,13 +3,14 @@
 Kernels enter at `packed_attention` (training) and `dot_product_attention` (the cache).
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from popax.modeling.cache import LayerCache
+from popax.modeling.cache import CacheView
 from popax.modeling.config import ModelConfig
 from popax.modeling.context_parallel import cut_axes, whole_rows
 from popax.modeling.layers import Linear, RMSNorm, project
@@ -154,11 +155,11 @@ class Attention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask_BxTxS: jax.Array,
+        mask_BxTxS: jax.Array | None,
         site_fn: SiteFn,
-        cache: LayerCache | None,
+        cache: CacheView | None,
         rules: ShardingRules,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, CacheView | None]:
         """(output [B, T, D], the cache with this layer's keys and values written)."""
         config = self.config
         flat = project(x_BxTxD, site_fn, self.q_proj, self.k_proj, self.v_proj)
@@ -169,14 +170,18 @@ class Attention(nnx.Module):
         q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)
         k_BxTxKxd = rotate(k_BxTxKxd, *rope, config.rope_layout)
         if cache is None:
+            assert mask_BxTxS is not None
             out = packed_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS, rules)
         else:
             cache = cache.write(k_BxTxKxd, v_BxTxKxd)
-            length = q_BxTxHxd.shape[1]
-            k_BxSxKxd, v_BxSxKxd = (whole_rows(each, length, rules) for each in cache.read(q_BxTxHxd.dtype))
-            cut = bool(cut_axes(length, rules))
-            out = dot_product_attention(q_BxTxHxd, k_BxSxKxd, v_BxSxKxd, mask_BxTxS, cut=cut)
+            out = cache.attend(q_BxTxHxd, functools.partial(_over_cache, rules))
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
+
+
+def _over_cache(rules: ShardingRules, q_BxTxHxd, mask_BxTxS, k_BxSxKxd, v_BxSxKxd) -> jax.Array:
+    length = q_BxTxHxd.shape[1]
+    keys, values = (whole_rows(each, length, rules) for each in (k_BxSxKxd, v_BxSxKxd))
+    return dot_product_attention(q_BxTxHxd, keys, values, mask_BxTxS, cut=bool(cut_axes(length, rules)))
 
 
 def split_heads(y_BxTxF: jax.Array, heads: int) -> jax.Array:

@@ -1,13 +1,34 @@
 """What later tokens need of the tokens a model has seen, at the position each token has in its row."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from popax.errors import ConfigError
 from popax.modeling.config import DTYPES, ModelConfig
+
+# (queries [B, T, ...], mask [B, T, S], what is cached [B, S, ...] ...) -> [B, T, ...]
+Attend = Callable[..., jax.Array]
+
+
+class CacheView(Protocol):
+    """A cache as one layer sees it."""
+
+    def write(self, *new: jax.Array) -> "CacheView":
+        """The view with an array [B, T, ...] for each of the cache's, at the tokens' positions."""
+        ...
+
+    def attend(self, queries: jax.Array, attend: Attend) -> jax.Array:
+        """attend over what the layer's cache holds, for queries [B, T, ...]; the result is in their order."""
+        ...
+
+    @property
+    def cache(self) -> "Cache":
+        """The whole cache, with what was written."""
+        ...
 
 
 class KVCache(NamedTuple):
@@ -37,7 +58,21 @@ class LatentCache(NamedTuple):
         return self.latent.shape[2]
 
 
-Cache = KVCache | LatentCache
+class PagedCache(NamedTuple):
+    """Pages that sequences own, for a flat batch [M, 1] of tokens of many sequences.
+
+    pages: for each of the model's cached arrays [L, P, heads, page, features]; latent attention has one, of one head.
+    The first R tokens of the batch are one a row; the others are G groups of equal length, a group's of one sequence.
+    row_pages: int32 [R, n], group_pages: int32 [G, n]: where a row's positions 0..n*page-1 lie. Entries beyond what a
+    sequence owns are any page: no token's position reaches them.
+    """
+
+    pages: tuple[jax.Array, ...]
+    row_pages_RxN: jax.Array
+    group_pages_GxN: jax.Array
+
+
+Cache = KVCache | LatentCache | PagedCache
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
@@ -59,9 +94,13 @@ class LayerCache:
     would copy every cached token at every step.
     """
 
-    cache: Cache
+    cache: KVCache | LatentCache
     layer: jax.Array
     positions_BxT: jax.Array
+    mask_BxTxS: jax.Array
+
+    def attend(self, queries: jax.Array, attend: Attend) -> jax.Array:
+        return attend(queries, self.mask_BxTxS, *self.read(queries.dtype))
 
     def write(self, *new: jax.Array) -> "LayerCache":
         """An array [B, T, ...] for each of the cache's, at the tokens' positions; -1, or past the end, is dropped."""

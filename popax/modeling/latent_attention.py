@@ -5,6 +5,7 @@ Only the two are cached. With many queries keys and values are expanded from the
 queries and into what attention returns, and attention is over the latents themselves: q (W_k c) = (W_k^T q) c.
 """
 
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 
 from popax.modeling.attention import dot_product_attention, packed_attention, split_heads
 from popax.modeling.block_config import MLAConfig
-from popax.modeling.cache import LayerCache
+from popax.modeling.cache import CacheView
 from popax.modeling.config import ModelConfig, YarnRope
 from popax.modeling.context_parallel import whole_rows
 from popax.modeling.layers import Linear, RMSNorm, project
@@ -69,22 +70,21 @@ class LatentAttention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         rope: Rope,
-        mask_BxTxS: jax.Array,
+        mask_BxTxS: jax.Array | None,
         site_fn: SiteFn,
-        cache: LayerCache | None,
+        cache: CacheView | None,
         rules: ShardingRules,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, CacheView | None]:
         """(output [B, T, D], the cache with this layer's latents written)."""
         q_BxTxHxd, latent_BxTxc = self._queries_and_latents(x_BxTxD, rope, site_fn)
         if cache is None:
+            assert mask_BxTxS is not None
             k_BxTxHxd, v_BxTxHxv = self._expanded(latent_BxTxc, site_fn)
             scale = softmax_scale(self.config)
             out = packed_attention(q_BxTxHxd, k_BxTxHxd, v_BxTxHxv, mask_BxTxS, rules, scale=scale)
         else:
             cache = cache.write(latent_BxTxc)
-            (latent_BxSxc,) = cache.read(x_BxTxD.dtype)
-            latent_BxSxc = whole_rows(latent_BxSxc, x_BxTxD.shape[1], rules)
-            out = self._attend_cache(q_BxTxHxd, latent_BxSxc, mask_BxTxS, site_fn)
+            out = cache.attend(q_BxTxHxd, functools.partial(self._attend_cache, site_fn, rules))
         return self.o_proj(out.reshape(*x_BxTxD.shape[:2], -1), site_fn), cache
 
     def _queries_and_latents(self, x_BxTxD: jax.Array, rope: Rope, site_fn: SiteFn) -> tuple[jax.Array, jax.Array]:
@@ -105,21 +105,21 @@ class LatentAttention(nnx.Module):
         )
 
     def _attend_cache(
-        self, q_BxTxHxd: jax.Array, latent_BxSxc: jax.Array, mask_BxTxS: jax.Array, site_fn: SiteFn
+        self, site_fn: SiteFn, rules: ShardingRules, q_BxTxHxd: jax.Array, mask_BxTxS: jax.Array, latent: jax.Array
     ) -> jax.Array:
-        scale = softmax_scale(self.config)
+        latent_BxSxc, scale = whole_rows(latent, q_BxTxHxd.shape[1], rules), softmax_scale(self.config)
         # An adapter on kv_b_proj is a function of a latent and its y, not a matrix that could be absorbed as well.
         adapted = site_fn.adapts(self.kv_b_proj.site)
         if adapted or not absorbed_is_cheaper(self.config, self.mla, q_BxTxHxd.shape[1], latent_BxSxc.shape[1]):
             keys_values = self._expanded(latent_BxSxc, site_fn)
             return dot_product_attention(q_BxTxHxd, *keys_values, mask_BxTxS, scale=scale)
-        latent, nope = self.mla.kv_latent_dim, self.mla.nope_head_dim
+        width, nope = self.mla.kv_latent_dim, self.mla.nope_head_dim
         w_CxHxd = split_heads(self.kv_b_proj.matrix(q_BxTxHxd.dtype)[None], self.config.num_heads)[0]
         absorbed_BxTxHxC = jnp.einsum("bthn,chn->bthc", q_BxTxHxd[..., :nope], w_CxHxd[..., :nope])
         query_BxTxHxc = jnp.concatenate((absorbed_BxTxHxC, q_BxTxHxd[..., nope:]), axis=-1)
         # One key head for all queries, and the latents are its values.
         key_BxSx1xc = latent_BxSxc[:, :, None]
-        values_BxSx1xC = key_BxSx1xc[..., :latent]
+        values_BxSx1xC = key_BxSx1xc[..., :width]
         out_BxTxHxC = dot_product_attention(query_BxTxHxc, key_BxSx1xc, values_BxSx1xC, mask_BxTxS, scale=scale)
         return jnp.einsum("bthc,chv->bthv", out_BxTxHxC, w_CxHxd[..., nope:])
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from popax.errors import ConfigError, SiteError
 from popax.modeling.attention import cache_mask, packed_mask
-from popax.modeling.cache import Cache
+from popax.modeling.cache import Cache, KVCache, LatentCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.quantise_rules import QuantiseRule
 from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, dotted, kernel_name, quantisable, stored_weight
@@ -236,9 +236,10 @@ class Model:
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
             segments_BxT = jnp.ones_like(positions_BxT) if segments_BxT is None else segments_BxT
-        if cache is not None:
+        mask_BxTxS = None
+        if isinstance(cache, KVCache | LatentCache):
             mask_BxTxS = cache_mask(positions_BxT, cache.length)
-        else:
+        elif cache is None:
             given = segments_BxT is not None
             mask_BxTxS = packed_mask(segments_BxT if given else (positions_BxT >= 0).astype(jnp.int32))
         rope = cos_sin(self.config, positions_BxT)

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from popax.modeling.attention import Attention
-from popax.modeling.cache import Cache, LayerCache
+from popax.modeling.cache import Cache, CacheView, LayerCache, PagedCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.context_parallel import keep_cut
 from popax.modeling.latent_attention import LatentAttention
 from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.modeling.moe import MoE
+from popax.modeling.paged import PagedLayer
 from popax.modeling.remat import Remat, rematerialised
 from popax.modeling.stacks import Stack
 from popax.sharding import ShardingRules
@@ -49,9 +50,9 @@ class Block(nnx.Module):
         x_BxTxD: jax.Array,
         context: "Context",
         site_fn: SiteFn,
-        cache: LayerCache | None,
+        cache: CacheView | None,
         routes_BxTxK: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
         """(x, the cache, the experts of a mixture; None of a dense MLP)."""
         rules, reads = context.rules, (context.rope, context.mask_BxTxS)
         attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), *reads, site_fn, cache, rules)
@@ -105,13 +106,21 @@ class Head(Linear):
 
 
 class Context(NamedTuple):
-    """What every layer reads besides its input: (cos, sin) of the positions, the mask, the positions, and how the
-    ambient mesh is used."""
+    """What every layer reads besides its input: (cos, sin) of the positions, the mask (None: a paged cache has its
+    own), the positions, and how the ambient mesh is used."""
 
     rope: tuple[jax.Array, jax.Array]
-    mask_BxTxS: jax.Array
+    mask_BxTxS: jax.Array | None
     positions_BxT: jax.Array
     rules: ShardingRules
+
+
+def _view(cache: Cache, layer: jax.Array, context: Context) -> CacheView:
+    if isinstance(cache, PagedCache):
+        return PagedLayer(cache=cache, layer=layer, positions_Mx1=context.positions_BxT)
+    assert context.mask_BxTxS is not None
+    places = {"positions_BxT": context.positions_BxT, "mask_BxTxS": context.mask_BxTxS}
+    return LayerCache(cache=cache, layer=layer, **places)
 
 
 def scan_blocks(
@@ -139,7 +148,7 @@ def scan_blocks(
         (x_BxTxD, cache), (params, site_fn, layer, routes_BxTxK) = carry, xs
         view = None
         if cache is not None:
-            view = LayerCache(cache=cache, layer=layer, positions_BxT=context.positions_BxT)
+            view = _view(cache, layer, context)
         block = nnx.merge(graphdef, params)
         x_BxTxD = keep_cut(x_BxTxD, context.rules)
         x_BxTxD, view, taken = block(x_BxTxD, context, site_fn, view, routes_BxTxK)

@@ -1,13 +1,12 @@
 """One cohort's residency: requests in, slots out; rows move between catalog, host and device behind it."""
 
-import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,9 @@ import numpy as np
 from popax.adapters.apply import bind_slots
 from popax.adapters.cohort import Cohort
 from popax.errors import PopulationError, ResidencyTimeoutError
+from popax.residency.checks import check_cohort, check_slots
 from popax.residency.counters import Counters
+from popax.residency.line import Line
 from popax.residency.loader import Row, RowLoader
 from popax.residency.lru import HostTier
 from popax.residency.request import Key, Request
@@ -63,15 +64,14 @@ class Residency:
             raise PopulationError(f"{slots} device slots: at least 1")
         self._catalog, self.stored = catalog, cohort
         self.cohort = Cohort(cohort.config, tuple(cohort.specs.values()))
-        self._shared = jax.tree.map(jnp.asarray, catalog.shared(cohort))
+        self.shared = jax.tree.map(jnp.asarray, catalog.shared(cohort))
         self._slab = Slab(self.cohort, cohort.layout, slots, sharding)
         self._slab_lock, self._binding = threading.Lock(), None
         self._fillers = concurrent.futures.ThreadPoolExecutor(FILLERS, thread_name_prefix="popax-fill")
         self._changed = threading.Condition()
         self._table, self._host = SlotTable(slots), HostTier(host_bytes)
         self._arriving: dict[Key, Arrival] = {}
-        self._line: collections.deque[object] = collections.deque()
-        self._waits, self._wait_s = 0, 0.0
+        self._line = Line(self._changed)
         self._loader = RowLoader(catalog.read_rows, self._keep)
         self._writer = WriteBack(catalog, cohort, self._keep)
 
@@ -103,13 +103,10 @@ class Residency:
         manifests = self._resolve(requests)
         keys = {request: Key.of(manifest) for request, manifest in manifests.items()}
         pinned = list(dict.fromkeys(keys.values()))
-        if len(pinned) > self._table.slots:
-            raise PopulationError(
-                f"{len(pinned)} adapters in one request, {self._table.slots} device slots: ask for fewer at once, or "
-                "make more slots"
-            )
+        check_slots(len(pinned), self._table.slots)
         missing, arriving = self._admit(pinned, timeout_s)
-        filling = self._begin(missing, {Key.of(manifest): manifest for manifest in manifests.values()}, timeout_s)
+        manifest_of = {Key.of(manifest): manifest for manifest in manifests.values()}
+        filling = self._begin(missing, [manifest_of[key] for key in missing], timeout_s)
         try:
             for future in [*([filling] if filling else []), *arriving]:
                 self._await(future, timeout_s, began)
@@ -130,14 +127,46 @@ class Residency:
         with self._slab_lock:
             self._binding = threading.get_ident()
             try:
-                yield bind_slots(self.cohort, self._slab.arrays, self._shared, jnp.asarray(lease.slots, jnp.int32))
+                yield bind_slots(self.cohort, self._slab.arrays, self.shared, jnp.asarray(lease.slots, jnp.int32))
             finally:
                 self._binding = None
 
     @property
     def adapters(self) -> AdapterState:
-        """What the slots hold now, [L, S, ...]: gone with the next update, so read it inside `bound`."""
+        """What the slots hold now, [L, S, ...]: gone with the next update, so read it inside `bound`, or in the thread
+        that alone makes updates."""
         return self._slab.arrays
+
+    def fetch(self, manifests: Sequence[Manifest]) -> list[np.ndarray | Row]:
+        """Each row from the host tier, or the promise of it; what cannot be read is told where its result is taken."""
+        return self._rows(manifests)
+
+    def hold(self, rows: Mapping[Key, np.ndarray]) -> list[Key] | None:
+        """Slots for these revisions, whose rows are at hand, until `let_go`; None where they are not free now. It waits
+        for nothing: who shares a thread with others' answers asks so. Raises PopulationError where they are more than
+        there are slots."""
+        keys = list(rows)
+        check_slots(len(keys), self._table.slots)
+        with self._changed:
+            if len(self._line) or any(key in self._arriving for key in keys) or not self._table.fits(set(keys)):
+                return None
+            missing = self._pinned(keys)
+        if missing:
+            self._fill(missing, lambda: [rows[key] for key in missing])
+        return keys
+
+    def let_go(self, keys: list[Key]) -> None:
+        """The inverse of one `hold`: they stay where they are until somebody needs the slots."""
+        self._release(keys)
+
+    @property
+    def free(self) -> tuple[int, int]:
+        """(slots that nobody holds or leases now, slots)."""
+        return self._table.available, self._table.slots
+
+    def slot(self, key: Key) -> int:
+        """The slot of a revision that is held."""
+        return self._table.slot(key)
 
     def write_back(self, commit: Commit) -> Written:
         """Commit a user's new revision behind the caller; once durable its row is in the host tier.
@@ -157,8 +186,8 @@ class Residency:
                 copy.copy(self._table.counters),
                 copy.copy(self._host.counters),
                 dataclasses.replace(self._loader.counters, written=self._writer.written),
-                self._waits,
-                self._wait_s,
+                self._line.waits,
+                self._line.wait_s,
                 self._slab.updates,
             )
 
@@ -178,53 +207,37 @@ class Residency:
         named = list(dict.fromkeys(request for request in requests if request.user is not None))
         asked = [(str(request.user), request.revision) for request in named]
         manifests = self._catalog.resolve(asked, base_digest=self.stored.base_digest)
-        for manifest in manifests:
-            if manifest.cohort != self.stored.id:
-                raise PopulationError(
-                    f"{manifest.shown} ({manifest.config['method']} rank {manifest.config['rank']}) is of cohort "
-                    f"{manifest.cohort}, these slots are for {self.stored.id} ({self.stored.config.method} rank "
-                    f"{self.stored.config.rank}): ask a residency of its cohort"
-                )
+        check_cohort(manifests, self.stored)
         return dict(zip(named, manifests, strict=True))
 
     def _admit(self, keys: list[Key], timeout_s: float | None) -> tuple[dict[Key, int], list[Arrival]]:
         """Wait for this lease's turn and for its slots, and pin them; returns those that have to be written, and the
         arrivals of those that other leases are writing. Whoever is pinned here is in its slot once these have come."""
-        ticket, wanted, began = object(), set(keys), time.monotonic()
-        with self._changed:
-            self._line.append(ticket)
-            try:
-                ready = lambda: self._line[0] is ticket and self._table.fits(wanted)  # noqa: E731
-                if not ready():
-                    self._waits += 1
-                    if not self._changed.wait_for(ready, timeout_s):
-                        raise ResidencyTimeoutError(
-                            f"{len(keys)} adapters did not get their slots in {timeout_s} s: {self._table.available} "
-                            f"of {self._table.slots} slots are free, {len(self._line) - 1} requests wait beside this "
-                            "one; make more slots, or admit fewer requests"
-                        )
-                    self._wait_s += time.monotonic() - began
-                # Taken in this instant: an arrival that fails later is gone from the table, with its slot.
-                arriving = [self._arriving[key] for key in keys if key in self._arriving]
-                missing = self._table.pin(keys)
-                for key in missing:
-                    self._arriving[key] = concurrent.futures.Future()
-                return missing, arriving
-            finally:
-                self._line.remove(ticket)
-                self._changed.notify_all()
 
-    def _begin(
-        self, missing: dict[Key, int], manifests: dict[Key, Manifest], timeout_s: float | None
-    ) -> Arrival | None:
+        def lacking() -> str:
+            free = f"{self._table.available} of {self._table.slots} slots are free"
+            return f"{len(keys)} adapters did not get their slots in {timeout_s} s: {free}"
+
+        with self._line.turn(lambda: self._table.fits(set(keys)), timeout_s, lacking):
+            # Taken in this instant: an arrival that fails later is gone from the table, with its slot.
+            arriving = [self._arriving[key] for key in keys if key in self._arriving]
+            return self._pinned(keys), arriving
+
+    def _pinned(self, keys: list[Key]) -> dict[Key, int]:
+        missing = self._table.pin(keys)
+        for key in missing:
+            self._arriving[key] = concurrent.futures.Future()
+        return missing
+
+    def _begin(self, missing: dict[Key, int], manifests: Sequence[Manifest], timeout_s: float | None) -> Arrival | None:
         """Fill the slots; None where that is done. With a time limit on a thread of its own, which goes on after it."""
         if not missing:
             return None
         if timeout_s is not None:
-            return self._fillers.submit(self._fill, missing, manifests)
+            return self._fillers.submit(self._fill, missing, lambda: self._rows(manifests))
         filled: Arrival = concurrent.futures.Future()
         try:
-            self._fill(missing, manifests)
+            self._fill(missing, lambda: self._rows(manifests))
         except BaseException as error:
             filled.set_exception(error)
         else:
@@ -248,12 +261,12 @@ class Residency:
             self._table.unpin(pinned)
             self._changed.notify_all()
 
-    def _fill(self, missing: dict[Key, int], manifests: dict[Key, Manifest]) -> None:
+    def _fill(self, missing: dict[Key, int], fetch: Callable[[], Sequence[np.ndarray | Row]]) -> None:
         """Write the rows of those who were not resident. Who cannot be loaded gets no slot, and the first such error is
         raised after the others have theirs."""
         failed: dict[Key, BaseException] = {}
         try:
-            asked = dict(zip(missing, self._rows([manifests[key] for key in missing]), strict=True))
+            asked = dict(zip(missing, fetch(), strict=True))
             rows: dict[Key, np.ndarray] = {}
             for key, row in asked.items():
                 try:

@@ -97,6 +97,10 @@ class Catalog:
         """The cohort of (config, base_digest, layout), None where it is not registered."""
         return self._registry.find(cohort_id(config, base_digest, layout))
 
+    def cohorts(self) -> Sequence[StoredCohort]:
+        """All cohorts that were registered, of any base."""
+        return self._registry.all()
+
     def cohort_of(self, manifest: Manifest) -> StoredCohort:
         """The cohort a revision belongs to."""
         return self._registry.known(manifest.cohort)

@@ -15,6 +15,7 @@ from popax.store.cohort import StoredCohort
 from popax.store.database import Database, storage_errors
 from popax.store.layout import RowLayout, row_digest
 from popax.store.manifest import Manifest
+from popax.store.reader import keys_under
 from popax.store.records import BrokenRecordError, cohort_key, seal, shared_key, unseal
 from popax.store.writer import retried
 from popax.types import AdapterState
@@ -40,6 +41,11 @@ class CohortRegistry:
             except BrokenRecordError as error:
                 raise CatalogError(f"the record of cohort {name} is corrupt: {error}; restore the files") from error
         return self._cohorts[name]
+
+    def all(self) -> list[StoredCohort]:
+        """Every cohort that was registered, in the order of their ids."""
+        keys = keys_under(self._database.kvstore, self._database.place, cohort_key(""))
+        return [self.known(key.removeprefix(cohort_key(""))) for key in keys]
 
     def known(self, name: str) -> StoredCohort:
         """The cohort of this id. Raises CatalogError where the catalog has none."""

@@ -13,6 +13,7 @@ from popax.adapters.cohort import Cohort
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.types import AdapterState, Params
+from tests.serving.world import World
 
 MODEL = Model(
     ModelConfig(
@@ -54,3 +55,17 @@ def users_of(model, params):
         return Users(cohort, shared, [jax.tree.map(loud, cohort.abstract()) for _ in range(count)])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    return World.make(tmp_path_factory.mktemp("world") / "catalog")
+
+
+@pytest.fixture(scope="session")
+def engine(world):
+    """All users fit; who needs it tight makes another one."""
+    engine = world.engine()
+    yield engine
+    engine.close()
+    engine.rooms.close()

@@ -152,7 +152,8 @@ def audit(place: Path, config: BenchCatalogConfig) -> Figures:
 
 def settle() -> None:
     """What is in memory by now stays: the collector need not look through all modules' objects again and again, which
-    costs a third of the time of commits and loads. A server does the same when it is ready. What is free is given back."""
+    costs a third of the time of commits and loads. A server does the same when it is ready. What is free is given
+    back."""
     gc.collect()
     gc.freeze()
     give_back()

@@ -1,0 +1,61 @@
+"""Several sets of slots on one model, one after the other: users of different cohorts, and sums of adapters.
+
+Each adds its delta to what it is given, and a token whose slot is -1 in a set keeps its bits there. So a batch may hold
+users of any cohort, and a token with a slot in several sets has the exact sum of their deltas, nothing merged.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+
+from popax.adapters.apply import BoundAdapter, SiteAdapters
+from popax.types import NO_ADAPT, Adapt, ExpertTerms
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChainedSites:
+    """A SiteFn: the links' deltas on top of each other. At routed experts one link acts at most (see `chain`)."""
+
+    links: tuple[SiteAdapters, ...]
+
+    def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        for link in self.links:
+            ys = link(x, ys)
+        return ys
+
+    def adapts(self, site: str) -> bool:
+        return any(link.adapts(site) for link in self.links)
+
+    def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
+        found = [link for link in self.links if any(map(link.adapts, sites))]
+        return found[0].expert_terms(x_BxTxD, sites) if found else None
+
+    def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
+        for link in self.links:
+            y_BxTxD = link.after_experts(site, low_BxTxR, y_BxTxD)
+        return y_BxTxD
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChainedAdapters:
+    """An Adapt of several."""
+
+    dense_layers: ChainedSites
+    layers: ChainedSites
+    outer: ChainedSites
+
+
+def chain(bound: Sequence[BoundAdapter]) -> Adapt:
+    """All of these at once. Of those who act on routed experts there is one at most: their rows are sorted once."""
+    if len(bound) < 2:
+        return bound[0] if bound else NO_ADAPT
+
+    def links(part: Callable[[BoundAdapter], SiteAdapters]) -> ChainedSites:
+        return ChainedSites(tuple(map(part, bound)))
+
+    return ChainedAdapters(
+        links(lambda each: each.dense_layers), links(lambda each: each.layers), links(lambda each: each.outer)
+    )

@@ -1,0 +1,139 @@
+"""Prefixes that are read instead of computed: only where all that made them is the same (acceptance 5 of serving)."""
+
+import numpy as np
+import pytest
+
+from popax.errors import PopulationError
+from popax.serving.pages import PagePool, scope_digest
+from popax.serving.request import Term
+from tests.serving.world import COHORTS, ask, prompt_of
+
+PROMPT = prompt_of(11, 50)
+COUNT = 10
+
+
+def found(engine, work) -> int:
+    """How many tokens the work took from kept pages."""
+    before = engine.state().pages.found
+    work()
+    return engine.state().pages.found - before
+
+
+def test_a_second_question_reads_what_the_first_computed(world, engine):
+    terms = world.terms(world.users[0])
+    first = ask(engine, PROMPT, terms=terms, tenant="t1", max_new_tokens=COUNT)
+    told = []
+    assert found(engine, lambda: told.append(ask(engine, PROMPT, terms=terms, tenant="t1", max_new_tokens=COUNT))) == 48
+    assert told[0].tokens == first.tokens
+    # What was written is a prefix too: the conversation goes on.
+    longer = [*PROMPT, *first.tokens, 1, 2, 3]
+    assert found(engine, lambda: ask(engine, longer, terms=terms, tenant="t1", max_new_tokens=1)) == 56
+
+
+def test_nothing_is_shared_across_tenants_users_weights_or_the_base(world, engine):
+    one, other = world.terms(world.users[0]), world.terms(world.users[4])
+    half = world.terms((world.users[0], 0.5))
+    asked = [("t2", one), ("t3", one), ("t2", other), ("t2", ()), ("t2", half), ("t2", (*one, *other))]
+    for tenant, terms in asked:
+        assert found(engine, lambda t=tenant, a=terms: ask(engine, PROMPT, terms=a, tenant=t, max_new_tokens=1)) == 0
+    for tenant, terms in asked:
+        assert found(engine, lambda t=tenant, a=terms: ask(engine, PROMPT, terms=a, tenant=t, max_new_tokens=1)) == 48
+
+
+def test_a_new_revision_a_rollback_and_a_new_user_of_the_name_meet_no_stale_keys(world, engine):
+    """Each of them answers as `generate` does with exactly its bytes, with everybody's prefixes hot."""
+    rng, user = np.random.default_rng(21), "acme/changing"
+
+    def says() -> list[int]:
+        terms = (Term(world.manifest(user, "promoted")),)
+        answers = [ask(engine, PROMPT, terms=terms, tenant="acme", max_new_tokens=COUNT).tokens for _ in range(2)]
+        assert answers[0] == answers[1] == world.alone(PROMPT, COUNT, user, "promoted")
+        return answers[0]
+
+    world.commit(user, COHORTS[0], rng)
+    first = says()
+    world.commit(user, COHORTS[0], rng)
+    second = says()
+    assert second != first
+    world.catalog.rollback(user, 1)
+    assert says() == first
+    world.catalog.delete(user)
+    engine.forget_prefixes()
+    world.commit(user, COHORTS[0], rng)  # revision 1 again, of another
+    third = says()
+    assert third not in (first, second)
+
+
+def test_two_tenants_with_the_same_user_id_are_two_users(world, engine):
+    rng = np.random.default_rng(22)
+    for tenant in ("acme", "zeta"):
+        world.commit(f"{tenant}/same", COHORTS[1], rng)
+    answers = {}
+    for _ in range(2):
+        for tenant in ("acme", "zeta"):
+            told = ask(engine, PROMPT, terms=world.terms(f"{tenant}/same"), tenant=tenant, max_new_tokens=COUNT)
+            assert told.tokens == world.alone(PROMPT, COUNT, f"{tenant}/same")
+            answers[tenant] = told.tokens
+    assert answers["acme"] != answers["zeta"]
+
+
+SCOPE = scope_digest("t", "base")
+
+
+def kept(pool, tokens, scope=SCOPE):
+    """The pages of a prefix that a sequence has computed."""
+    pages = pool.take(len(tokens) // pool.size)
+    digest = None
+    for at, page in enumerate(pages):
+        digest = pool.keep(scope, digest, tokens[at * pool.size : (at + 1) * pool.size], page)
+    return pages
+
+
+def test_pages_are_lent_shared_kept_and_taken_again():
+    pool = PagePool(6, 2)
+    tokens = [1, 2, 3, 4, 5]
+    pages = kept(pool, tokens)
+    assert (pool.available, pool.held) == (4, 2)
+    assert pool.find(SCOPE, tokens)[0] == pages  # both read them
+    pool.release(pages)
+    assert pool.held == 2
+    pool.release(pages)
+    assert (pool.available, pool.held) == (6, 0)
+    assert pool.find(SCOPE, tokens[:4])[0] == pages[:1]  # the last token is always computed
+    pool.release(pages[:1])
+    assert pool.find(SCOPE, [1, 2, 9, 9, 9])[0] == pages[:1]
+    assert pool.take(6) is None  # one is read
+    pool.release(pages[:1])
+    taken = pool.take(5)
+    assert pool.counters.evictions == 1
+    assert pages[1] in taken  # the end of a prefix goes first
+    pool.release(taken)
+    assert pool.find(SCOPE, tokens)[0] == pages[:1]
+
+
+def test_what_is_forgotten_is_not_found():
+    pool = PagePool(4, 2)
+    other = scope_digest("u", "base")
+    pool.release(kept(pool, [1, 2, 3]))
+    pool.release(kept(pool, [1, 2, 3], other))
+    assert pool.forget(SCOPE) == 1
+    assert pool.find(SCOPE, [1, 2, 3])[0] == []
+    assert len(pool.find(other, [1, 2, 3])[0]) == 1
+    assert pool.forget() == 1
+    assert pool.available == 3  # who reads a page keeps it
+
+
+def test_the_same_content_twice_is_known_once():
+    pool = PagePool(4, 2)
+    first, second = kept(pool, [1, 2]), kept(pool, [1, 2])
+    pool.release(second)
+    assert pool.find(SCOPE, [1, 2, 3])[0] == first
+    assert pool.available == 3
+
+
+def test_scopes_tell_apart_what_concatenation_would_not():
+    scopes = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "b", [("x", 1.0)]), ("a", "b", [("x", 0.5)])]
+    scopes += [("a", "b", [("x", 1.0), ("y", 1.0)]), ("a", "b", [("xy", 1.0)])]
+    assert len({scope_digest(*scope) for scope in scopes}) == len(scopes)
+    with pytest.raises(PopulationError):
+        PagePool(0, 8)
