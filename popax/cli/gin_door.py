@@ -49,6 +49,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.evaluation.columns:EvalConfig",
     "popax.evaluation.gate:GateConfig",
     "popax.serving.sampling:Sampling",
+    "popax.serving.config:ServeConfig",
+    "popax.serving.programs:EngineShapes",
     "popax.bench.quantised:BenchQuantisedConfig",
     "popax.bench.load:BenchLoadConfig",
     "popax.bench.catalog.config:BenchCatalogConfig",

@@ -24,6 +24,8 @@ COMMANDS: dict[str, str] = {
     "pretrain": "popax.cli.pretrain",
     "eval": "popax.cli.eval",
     "generate": "popax.cli.generate",
+    "serve": "popax.cli.serve",
+    "serve-key": "popax.cli.serve_key",
     "extract": "popax.cli.extract",
     "import": "popax.cli.import_",
     "migrate": "popax.cli.migrate",

@@ -98,6 +98,10 @@ class Tokenizer:
         num_bytes = np.where(np.isin(encoded.ids, self._special_ids), 0, encoded.num_bytes).astype(np.int32)
         return EncodedChat(encoded.ids, num_bytes, inside[starts])
 
+    def to_json(self) -> str:
+        """What `save` writes as tokenizer.json."""
+        return self._special.to_str()
+
     def save(self, directory: str | Path) -> None:
         """tokenizer.json and tokenizer_config.json; `load_tokenizer(directory)` reads them back."""
         directory = Path(directory)

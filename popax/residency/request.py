@@ -1,5 +1,6 @@
 """Who is asked for, and what is found: names that resolve, and identities that do not change."""
 
+import dataclasses
 from typing import NamedTuple
 
 from popax.store.manifest import Manifest
@@ -24,3 +25,11 @@ class Key(NamedTuple):
     @classmethod
     def of(cls, manifest: Manifest) -> "Key":
         return cls(manifest.user, manifest.revision, manifest.digest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """Slots that stay as they are until it ends: one for each request, -1 for the base; the manifest of each."""
+
+    slots: tuple[int, ...]
+    manifests: tuple[Manifest | None, ...]

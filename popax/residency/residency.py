@@ -7,6 +7,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from popax.residency.counters import Counters
 from popax.residency.line import Line
 from popax.residency.loader import Row, RowLoader
 from popax.residency.lru import HostTier
-from popax.residency.request import Key, Request
+from popax.residency.request import Key, Lease, Request
 from popax.residency.slab import Slab
 from popax.residency.table import SlotTable
 from popax.residency.write_back import WriteBack, Written
@@ -33,14 +34,6 @@ from popax.types import Adapt, AdapterState
 HOST_BYTES = 256 << 20
 FILLERS = 16
 Arrival = concurrent.futures.Future[None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Lease:
-    """Slots that stay as they are until it ends: one for each request, -1 for the base; the manifest of each."""
-
-    slots: tuple[int, ...]
-    manifests: tuple[Manifest | None, ...]
 
 
 class Residency:
@@ -159,10 +152,10 @@ class Residency:
         """The inverse of one `hold`: they stay where they are until somebody needs the slots."""
         self._release(keys)
 
-    @property
-    def free(self) -> tuple[int, int]:
-        """(slots that nobody holds or leases now, slots)."""
-        return self._table.available, self._table.slots
+    def occupants(self) -> list[dict[str, Any] | None]:
+        """Who is in each slot, and whether somebody holds it; None for a free one."""
+        with self._changed:
+            return self._table.occupants()
 
     def slot(self, key: Key) -> int:
         """The slot of a revision that is held."""

@@ -1,6 +1,7 @@
 """Who is in which device slot, and who may be made to leave it."""
 
 import collections
+from typing import Any
 
 from popax.residency.counters import TierCounters
 from popax.residency.request import Key
@@ -60,6 +61,13 @@ class SlotTable:
 
     def slot(self, key: Key) -> int:
         return self._slot[key]
+
+    def occupants(self) -> list[dict[str, Any] | None]:
+        """Of each slot: the user, the revision, and whether it is pinned."""
+        found: list[dict[str, Any] | None] = [None] * self.slots
+        for key, slot in self._slot.items():
+            found[slot] = {"user": key.user, "revision": key.revision, "held": key in self._pins}
+        return found
 
     def _take(self) -> int:
         if self._free:

@@ -65,6 +65,11 @@ class Engine:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="popax-engine", daemon=True)
 
+    @property
+    def page_bytes(self) -> int:
+        """Memory of all pages."""
+        return self._programs.page_bytes
+
     def start(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Compile every step, run each once, and begin to answer. Nothing is compiled after this."""
         sets = self.rooms.sets({}, 1) if self.rooms else ()
@@ -119,6 +124,21 @@ class Engine:
             self._calls.append(work)
             self._changed.notify_all()
 
+    def wait_for(self, work: Callable[[], None], timeout_s: float = 60.0) -> None:
+        """`call`, and wait until it is done. Raises what it raises."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def told() -> None:
+            try:
+                work()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self.call(told)
+        done.result(timeout_s)
+
     def state(self) -> EngineState:
         """What the engine is at."""
         with self._changed:
@@ -132,6 +152,11 @@ class Engine:
                 self._scheduler.waiting + len(self._arrived),
                 self._scheduler.preempted,
             )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it answers: started, and not failed."""
+        return self._thread.is_alive() and self._failure is None
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing runs or waits; whether that came in time."""
@@ -260,4 +285,4 @@ class Engine:
 
     def _tell(self, answer: Answer, event: Event) -> None:
         with contextlib.suppress(Exception):  # who listens is gone: that is their affair, not the other answers'
-            answer.tell(event)
+            answer.tell(event._replace(time=time.monotonic()))

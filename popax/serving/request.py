@@ -42,13 +42,15 @@ class TokenLogps(NamedTuple):
 
 class Event(NamedTuple):
     """text: what has become certain. tokens: those of this event. reason: set in the last event, and only there; error:
-    what it ended with. prompt: records of the prompt's tokens, in the first event of a request that wants them."""
+    what it ended with. prompt: records of the prompt's tokens, in the first event of a request that wants them. time:
+    when it was told, on time.monotonic's clock."""
 
     text: str = ""
     tokens: tuple[TokenLogps, ...] = ()
     reason: Reason | None = None
     error: BaseException | None = None
     prompt: tuple[TokenLogps, ...] = ()
+    time: float = 0.0
 
 
 class Constraint(Protocol):

@@ -20,11 +20,12 @@ from popax.store.deletion import Deletion, Derived
 from popax.store.filters import UserFilter
 from popax.store.gc import GRACE_S, Collected, collect
 from popax.store.layout import RowLayout
+from popax.store.listing import Page, matching, page
 from popax.store.loading import RevisionLoader
 from popax.store.manifest import Manifest, UserRecord
 from popax.store.optimizer import read_optimizer
 from popax.store.pointers import Which
-from popax.store.reader import all_users, read_users
+from popax.store.reader import read_users
 from popax.store.registry import CohortRegistry
 from popax.store.scores import Scores, promote_scored, put_scores, read_scores
 from popax.store.signing import Signer, Trust
@@ -283,14 +284,12 @@ class Catalog:
         return collect(self._database, self._registry, grace_s=grace_s, say=say)
 
     def users(self, where: UserFilter = EVERYONE) -> Iterator[tuple[UserRecord, Manifest]]:
-        """Each user that is meant, with the latest manifest, in the order of the ids' hashes.
+        """Each user that is meant, with the latest manifest, as `listing.matching`."""
+        return matching(self._database, self._loader, where)
 
-        Raises CorruptRevisionError at the first record that is broken; `verify` names them all.
-        """
-        for record in all_users(self._database):
-            latest = self._loader.latest(record)
-            if where.matches(record, latest):
-                yield record, latest
+    def page(self, where: UserFilter = EVERYONE, *, limit: int, after: str | None = None, scan: int) -> Page:
+        """At most `limit` of them, from where another page ended: `listing.page`."""
+        return page(self._database, self._loader, where, limit=limit, after=after, scan=scan)
 
     # The last method, because its name hides the built-in in the annotations of those below it.
     def list(self, prefix: str = "", **where: Any) -> Sequence[UserRecord]:

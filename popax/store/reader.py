@@ -136,11 +136,16 @@ def keys_under(store: ts.KvStore, place: str, prefix: str) -> list[str]:
         after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         for _ in range(_READS_AGAIN):
             try:
-                return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, after)).result()]
+                return _listed(store, prefix, after)
             except ValueError as error:
                 if not is_gone(error):  # see `settled`
                     raise
-        return [key.decode() for key in store.list(ts.KvStore.KeyRange(prefix, after)).result()]
+        return _listed(store, prefix, after)
+
+
+def _listed(store: ts.KvStore, prefix: str, after: str) -> list[str]:
+    # The nodes of the tree are read side by side, and each gives its keys when it has come.
+    return [key.decode() for key in sorted(store.list(ts.KvStore.KeyRange(prefix, after)).result())]
 
 
 def part_keys(database: Database, kind: str, part: str) -> list[str]:

@@ -79,8 +79,10 @@ def test_sharded_rows_are_written_where_they_lie(tiny):
     rows = NamedSharding(mesh, PartitionSpec("rows"))
     stored = NamedSharding(mesh, PartitionSpec(None, "rows"))
 
+    mask = jnp.zeros((16, 2, 32), bool)
+
     def write(cache, layer, positions_BxT, new):
-        return LayerCache(cache=cache, layer=layer, positions_BxT=positions_BxT).write(new, new).cache
+        return LayerCache(cache=cache, layer=layer, positions_BxT=positions_BxT, mask_BxTxS=mask).write(new, new).cache
 
     operands = (cache, jnp.int32(1), jnp.arange(32, dtype=jnp.int32).reshape(16, 2) % 8, new)
     sharded = jax.jit(write, in_shardings=(stored, None, rows, rows), out_shardings=stored)

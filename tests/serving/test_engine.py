@@ -29,8 +29,7 @@ def idle(engine):
     assert (state.running, state.waiting, state.pages_held) == (0, 0, 0)
     assert state.pages_available == state.pages_total
     for residency in engine.rooms.residencies.values():
-        free, slots = residency.free
-        assert free == slots
+        assert not any(one and one["held"] for one in residency.occupants())
 
 
 def test_sixty_four_users_in_one_batch_are_each_user_alone(world, engine):
@@ -61,7 +60,9 @@ def test_base_only_rows_are_the_bases_own_bits(world, engine):
     def records(others):
         plain = [GenerationRequest(tokens=tuple(prompt_of(7, 20)), max_new_tokens=COUNT, top=3, tenant="fresh")]
         requests = [
-            GenerationRequest(tokens=tuple(prompt_of(at, 9)), max_new_tokens=COUNT, terms=terms, tenant=f"{at}{bool(terms)}")
+            GenerationRequest(
+                tokens=tuple(prompt_of(at, 9)), max_new_tokens=COUNT, terms=terms, tenant=f"{at}{bool(terms)}"
+            )
             for at, terms in enumerate(others)
         ]
         engine.forget_prefixes()
@@ -289,9 +290,7 @@ def test_the_queue_is_bounded_and_closing_is_orderly(world):
     gate = threading.Event()
     engine.call(gate.wait)
     time.sleep(0.1)  # the engine's thread stands still: what comes now waits
-    listeners = [
-        Listener(engine, GenerationRequest(tokens=(at,), tenant="a", max_new_tokens=40)) for at in range(1, 5)
-    ]
+    listeners = [Listener(engine, GenerationRequest(tokens=(at,), tenant="a", max_new_tokens=40)) for at in range(1, 5)]
     with pytest.raises(QueueFullError, match="4 of this tenant"):
         engine.submit(GenerationRequest(tokens=(1,), tenant="a"), print)
     listeners += [Listener(engine, GenerationRequest(tokens=(at,), tenant="b", max_new_tokens=40)) for at in (1, 2)]

@@ -1,0 +1,1 @@
+"""The engine behind the HTTP API that everyone's clients speak."""
