@@ -44,6 +44,7 @@ class Engine:
         mesh: Mesh | None = None,
     ):
         shapes = shapes or EngineShapes()
+        self.waiting_per_tenant = waiting_per_tenant
         self.base, self.tokenizer, self.rooms, self.shapes = base, tokenizer, rooms, shapes
         cohorts = rooms.cohorts if rooms else ()
         self._programs = Programs(base.model, base.params, cohorts, shapes, cache_dtype=cache_dtype, mesh=mesh)

@@ -34,7 +34,7 @@ COHORTS = (
     AdapterConfig(method="lora_xs", rank=4, alpha=4.0, targets=(r"layers\..*_proj",)),
     AdapterConfig(rank=1, alpha=2.0, targets=(r"layers\.mlp\..*",)),
 )
-SHAPES = EngineShapes(rows=(4, 16), groups=4, width=8, context=128, contexts=(64,), page=8)
+SHAPES = EngineShapes(rows=(16,), groups=4, width=8, context=128, contexts=(64,), page=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +45,14 @@ class World:
     users: tuple[str, ...]
 
     @classmethod
-    def make(cls, place) -> "World":
+    def make(cls, place, users: int = 64, cohorts=COHORTS) -> "World":
         model = Model(CONFIG)
         base = new_base(model, model.init(jax.random.key(0)), source="random weights")
         catalog, rng = Catalog.open(place, create=True), np.random.default_rng(0)
-        users = tuple(f"{'acme' if at % 2 else 'zeta'}/user-{at}" for at in range(64))
-        world = cls(base, load_tokenizer("byte"), catalog, users)
-        for at, user in enumerate(users):
-            world.commit(user, COHORTS[at % len(COHORTS)], rng)
+        names = tuple(f"{'acme' if at % 2 else 'zeta'}/user-{at}" for at in range(users))
+        world = cls(base, load_tokenizer("byte"), catalog, names)
+        for at, user in enumerate(names):
+            world.commit(user, cohorts[at % len(cohorts)], rng)
         return world
 
     def commit(self, user: str, config: AdapterConfig, rng: np.random.Generator, promote: bool = True):
