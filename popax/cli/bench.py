@@ -11,5 +11,6 @@ COMMANDS = {
     "load": "popax.cli.bench_load",
     "quantised": "popax.cli.bench_quantised",
     "residency": "popax.cli.bench_residency",
+    "serve": "popax.cli.bench_serve",
     "train": "popax.cli.bench_train",
 }

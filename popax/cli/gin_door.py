@@ -56,6 +56,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.catalog.config:BenchCatalogConfig",
     "popax.bench.residency:BenchResidencyConfig",
     "popax.bench.compression:BenchCompressionConfig",
+    "popax.bench.serve.config:BenchServeConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

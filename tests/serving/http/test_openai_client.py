@@ -64,9 +64,9 @@ def test_errors_have_their_classes(client, server):
         client.completions.create(model="user-2", prompt="a")
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model="user-1", prompt="a" * 500)
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="nobody's", max_retries=0) as stranger:
-        with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="nobody's", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
 
 
 def test_a_full_queue_is_a_rate_limit(client, engine):

@@ -1,0 +1,1 @@
+"""`popax bench serve`: many users behind one engine, under load."""
