@@ -75,6 +75,10 @@ class QueueFullError(PopaxError):
     """More requests wait than the server takes: ask again later."""
 
 
+class UnavailableError(PopaxError):
+    """The server is starting, closing, or broken: ask another one, or later."""
+
+
 class ServingError(PopaxError):
     """A request that the server does not take as it is, or cannot answer now; its message says what would be taken."""
 

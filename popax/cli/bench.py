@@ -12,5 +12,6 @@ COMMANDS = {
     "quantised": "popax.cli.bench_quantised",
     "residency": "popax.cli.bench_residency",
     "serve": "popax.cli.bench_serve",
+    "soak": "popax.cli.bench_soak",
     "train": "popax.cli.bench_train",
 }

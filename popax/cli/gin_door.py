@@ -57,6 +57,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.residency:BenchResidencyConfig",
     "popax.bench.compression:BenchCompressionConfig",
     "popax.bench.serve.config:BenchServeConfig",
+    "popax.bench.serve.soak:BenchSoakConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

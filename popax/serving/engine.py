@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh
 
 from popax.data.tokenize import Tokenizer
-from popax.errors import ServingError
+from popax.errors import UnavailableError
 from popax.modeling.base import Base
 from popax.serving.batch import filled, records, sampled_record
 from popax.serving.checks import check_request, load_error
@@ -71,6 +72,11 @@ class Engine:
         """Memory of all pages."""
         return self._programs.page_bytes
 
+    @property
+    def page_sharding(self) -> jax.sharding.Sharding:
+        """Where pages lie."""
+        return self._programs.page_sharding
+
     def start(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Compile every step, run each once, and begin to answer. Nothing is compiled after this."""
         sets = self.rooms.sets({}, 1) if self.rooms else ()
@@ -83,17 +89,19 @@ class Engine:
     def submit(self, request: GenerationRequest, tell: Tell) -> Answer:
         """Take a request; events follow, the last of them with a reason, and none after it.
 
-        Raises ServingError where it can never be answered as it is (too long, another base's or cohort's adapters) or
-        the engine is closing, and QueueFullError.
+        Raises ServingError where it can never be answered as it is (too long, another base's or cohort's adapters),
+        QueueFullError, and UnavailableError where the engine is closing.
         """
         check_request(request, self.base, self.shapes.context, self.rooms)
+        self._scheduler.check_room(request.tenant, [])  # before anything is read for it
         answer = Answer(request, tell, TextStream.of(self.tokenizer, request.stops), self.scope(request))
         if request.terms:
             assert self.rooms is not None
             answer.loading = self.rooms.fetch(request.terms)
         with self._changed:
             if self._closing or self._failure is not None:
-                raise ServingError("the server is closing, and takes no new requests: ask another one")
+                why = "is closing" if self._failure is None else f"has failed ({type(self._failure).__name__})"
+                raise UnavailableError(f"the server {why}, and takes no new requests: ask another one")
             answer.number, self._numbers = self._numbers, self._numbers + 1
             self._scheduler.check_room(request.tenant, [each.request.tenant for each in self._arrived])
             self._arrived.append(answer)
@@ -179,7 +187,10 @@ class Engine:
             self._thread.join()
 
     def _hold(self, answer: Answer) -> bool:
-        return not answer.request.terms or (self.rooms is not None and self.rooms.hold(answer))
+        if self.rooms is None or not answer.request.terms:
+            return True
+        # What could not be read ends in the next turn.
+        return load_error(answer) is None and self.rooms.hold(answer)
 
     def _release(self, answer: Answer) -> None:
         if self.rooms is not None:

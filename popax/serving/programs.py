@@ -139,6 +139,11 @@ class Programs:
         """Of all pages."""
         return sum(each.nbytes for each in self._pages)
 
+    @property
+    def page_sharding(self) -> jax.sharding.Sharding:
+        """Where pages lie."""
+        return self._pages[0].sharding
+
 
 class CompilationCounter:
     """How often this process compiled anything since it was made: jax tells every listener."""

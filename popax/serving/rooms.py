@@ -33,7 +33,9 @@ class Rooms:
         terms: int,
         sharding: jax.sharding.Sharding | None = None,
     ):
-        self.terms = terms
+        self.terms, self.slots = terms, slots
+        if terms > slots:
+            raise ServingError(f"sums of {terms} adapters on {slots} slots: a request could never get them")
         options = {"slots": slots, "host_bytes": host_bytes, "sharding": sharding}
         self._residencies = {cohort.id: Residency(catalog, cohort, **options) for cohort in cohorts}
         experts = [

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from popax.adapters.cohort import Cohort
-from popax.errors import BaseMismatchError, CorruptRevisionError, QueueFullError, ServingError
+from popax.errors import BaseMismatchError, CorruptRevisionError, QueueFullError, ServingError, UnavailableError
 from popax.serving.generate import generate
 from popax.serving.programs import CompilationCounter, EngineShapes
 from popax.serving.request import GenerationRequest, Reason, Term
@@ -298,7 +298,7 @@ def test_the_queue_is_bounded_and_closing_is_orderly(world):
         engine.submit(GenerationRequest(tokens=(1,), tenant="c"), print)
     gate.set()
     assert engine.drain(60.0)
-    with pytest.raises(ServingError, match="closing"):
+    with pytest.raises(UnavailableError, match="closing"):
         engine.submit(GenerationRequest(tokens=(1,)), print)
     assert {listener.all().last.reason for listener in listeners} == {Reason.LENGTH}
     engine.close()

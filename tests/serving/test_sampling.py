@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from popax.errors import ConfigError
-from popax.serving.sampling import Sampling, sample
+from popax.serving.sampling import History, Sampling, SamplingRows, penalised, sample, sample_rows
 
 DRAWS = 20_000
 PROBS = np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32)
@@ -63,3 +63,41 @@ def test_what_is_out_of_range_is_named(wrong):
     (name, value) = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=f"{name}={value}"):
         Sampling(**wrong)
+
+
+def test_min_p_keeps_what_is_likely_beside_the_likeliest():
+    """arXiv 2407.01082: at least min_p times the largest probability (0.4): 0.3 of it is 0.12."""
+    rule = Sampling(temperature=1.0, min_p=0.3)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    drawn = np.asarray(sample(rule, keys, jnp.log(jnp.broadcast_to(jnp.asarray(PROBS, jnp.float32), (4000, 5)))))
+    assert set(drawn.tolist()) == set(np.flatnonzero(0.3 * PROBS.max() <= PROBS).tolist())
+
+
+def test_penalties_by_their_formulas():
+    """OpenAI's: logit - count * frequency - (count > 0) * presence, of generated tokens. CTRL's (arXiv 1909.05858):
+    logit / repetition where positive, else times it, of the prompt's too."""
+    logits = np.array([[2.0, -1.0, 0.5, 3.0, -2.0], [2.0, -1.0, 0.5, 3.0, -2.0]], np.float32)
+    rules = [Sampling(presence=0.5, frequency=0.25, repetition=2.0), Sampling()]
+    history = History(np.array([[0, 1, 3, 3, 4, -1], [0, 1, 3, 3, 4, -1]], np.int32), np.array([2, 2], np.int32))
+    found = np.asarray(penalised(SamplingRows.of(rules), history, jnp.asarray(logits)))
+    repeated = np.where(logits[0] > 0, logits[0] / 2, logits[0] * 2)
+    repeated[2] = 0.5  # never seen
+    counts = np.array([0, 0, 0, 2, 1], np.float32)
+    np.testing.assert_allclose(found[0], repeated - 0.25 * counts - 0.5 * (counts > 0), rtol=1e-6)
+    np.testing.assert_array_equal(found[1], logits[1])
+
+
+def test_rows_of_different_rules_are_each_rule_alone():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 40)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 6)
+    rules = [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=2.0, top_p=0.5),
+    ]
+    rules += [Sampling(temperature=1.0, min_p=0.4), Sampling(temperature=1.5, top_k=9, top_p=0.8, min_p=0.01)]
+    together = np.asarray(sample_rows(SamplingRows.of(rules), keys, logits))
+    alone = [int(sample(rule, keys[at : at + 1], logits[at : at + 1])[0]) for at, rule in enumerate(rules)]
+    assert together.tolist() == alone

@@ -8,11 +8,11 @@ from popax.errors import ConfigError
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchServeConfig:
     """users: in the catalog, with `lora` adapters of rank `rank` on all linear layers. slots: on the device.
-    host_bytes: of rows in the host's memory. zipf: exponent of who asks how often. prompt, output: (least, most) tokens,
-    uniform. decode_rounds: of base-only and of distinct users in turns. trace: requests of the Zipf trace, and of the
-    one among resident users. arrivals: requests of each of the two open-loop traces, at `load` of what the machine
-    answers; cold: the part of the second one's that users who were never asked for make. churn: requests of the last,
-    long trace, with short prompts and outputs."""
+    host_bytes: of rows in the host's memory. zipf: exponent of who asks how often. prompt, output: (least, most)
+    tokens, uniform. decode_rounds: of base-only and of distinct users in turns, `decode_tokens` each. trace: requests
+    of the Zipf trace, and of the one among resident users. arrivals: requests of each of the two open-loop traces, at
+    `load` of what the machine answers; cold: the part of the second one's that users who were never asked for make.
+    churn: requests of the last, long trace, with short prompts and outputs."""
 
     users: int = 1_000
     slots: int = 64

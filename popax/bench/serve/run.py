@@ -1,6 +1,5 @@
 """`popax bench serve` from end to end."""
 
-import functools
 import sys
 import tempfile
 import time
@@ -10,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from popax.adapters.base import AdapterConfig
-from popax.adapters.cohort import Cohort
 from popax.bench.host_memory import resident_bytes
 from popax.bench.serve.config import BenchServeConfig
 from popax.bench.serve.load import Client, Done, wishes, zipf_users
+from popax.bench.serve.population import fill_catalog, user_id
 from popax.data.tokenize import load_tokenizer
 from popax.modeling.base import Base, new_base
 from popax.modeling.config import ModelConfig
@@ -23,11 +21,7 @@ from popax.serving.engine import Engine
 from popax.serving.names import Names
 from popax.serving.programs import CompilationCounter, EngineShapes
 from popax.serving.rooms import rooms_of
-from popax.store.catalog import Catalog
-from popax.store.commit import Commit
-from popax.store.layout import RowLayout
 
-AT_ONCE = 16
 Figures = dict[str, Any]
 
 
@@ -36,7 +30,8 @@ def bench_serve(model: ModelConfig, config: BenchServeConfig, shapes: EngineShap
     net = Model(model)
     base = new_base(net, net.init(jax.random.key(config.seed)), source="random weights")
     with tempfile.TemporaryDirectory(prefix="popax-bench-serve-") as folder:
-        catalog, row_bytes = _catalog(Path(folder), base, config)
+        catalog, row_bytes = fill_catalog(Path(folder), base, config)
+        _say(f"{config.users} users with rows of {row_bytes:,} bytes")
         rooms = rooms_of(catalog, base.digest, slots=config.slots, host_bytes=config.host_bytes, terms=1)
         assert rooms is not None
         engine = Engine(base, load_tokenizer("byte"), rooms, shapes=shapes, waiting=1 << 20, waiting_per_tenant=1 << 20)
@@ -61,21 +56,6 @@ def bench_serve(model: ModelConfig, config: BenchServeConfig, shapes: EngineShap
         return figures
 
 
-def _catalog(place: Path, base: Base, config: BenchServeConfig) -> tuple[Catalog, int]:
-    adapter, rng = AdapterConfig(method="lora", rank=config.rank), np.random.default_rng(config.seed)
-    cohort = Cohort.of(adapter, base.model.sites())
-    layout = RowLayout.of(cohort.abstract())
-    catalog = Catalog.open(place, create=True)
-    stored = catalog.cohort(adapter, cohort.specs, base.digest, layout, None)
-    for at in range(0, config.users, AT_ONCE):
-        numbers = range(at, min(at + AT_ONCE, config.users))
-        stack = jax.tree.map(functools.partial(_random, rng, len(numbers)), cohort.abstract())
-        rows = catalog.pack(stored, stack)
-        catalog.commit_batch(stored, [Commit(_user(n), row, parent=None) for n, row in zip(numbers, rows, strict=True)])
-    _say(f"{config.users} users with rows of {layout.row_bytes:,} bytes")
-    return catalog, layout.row_bytes
-
-
 def _decode(client: Client, base: Base, config: BenchServeConfig, shapes: EngineShapes, row_bytes, done) -> Figures:
     """Tokens a second of as many distinct users as there are rows, against the base alone, in turns; and the ratio
     that bytes allow: what a step has to read without adapters over what it has to read with them."""
@@ -84,7 +64,7 @@ def _decode(client: Client, base: Base, config: BenchServeConfig, shapes: Engine
     length, new = config.prompt[0], config.decode_tokens
     for _ in range(config.decode_rounds + 1):  # the first round brings the users into their slots
         for kind in rates:
-            models = ["base"] * rows if kind == "base" else [_user(number) for number in range(rows)]
+            models = ["base"] * rows if kind == "base" else [user_id(number) for number in range(rows)]
             began = time.perf_counter()
             done += (made := client.at_once(wishes(models, (length, length), (new, new), rng)))
             # From the first token on: prompts are another matter.
@@ -113,7 +93,7 @@ def _zipf(client: Client, config: BenchServeConfig, done: list[Done]) -> Figures
     for _ in range(3):
         for kind, users in (("resident", config.slots), ("zipf", config.users)):
             numbers = zipf_users(config.trace // 3, users, config.zipf, rng)
-            asked = wishes([_user(number) for number in numbers], config.prompt, config.output, rng)
+            asked = wishes([user_id(number) for number in numbers], config.prompt, config.output, rng)
             began = time.perf_counter()
             done += (made := client.closed(asked, 2 * config.slots))
             rates[kind].append(sum(one.tokens for one in made) / (time.perf_counter() - began))
@@ -126,22 +106,22 @@ def _zipf(client: Client, config: BenchServeConfig, done: list[Done]) -> Figures
 def _first_tokens(client: Client, config: BenchServeConfig, capacity: float, done: list[Done]) -> Figures:
     """Seconds to the first token of warm users, at the same rate without and with cold users among them."""
     rng, waits = np.random.default_rng([config.seed, 3]), {"without": [], "with": []}
-    rate = config.load * capacity / np.mean(config.output)
+    rate = config.load * capacity / (sum(config.output) / 2)
     cold_users = iter(range(config.slots, config.users))
-    warm = [_user(number) for number in range(config.slots // 2)]
+    warm = [user_id(number) for number in range(config.slots // 2)]
     client.closed(wishes(warm, config.prompt, (1, 1), rng), config.slots)
     for _ in range(2):
         for kind in waits:
             asked = wishes(rng.choice(warm, config.arrivals // 2).tolist(), config.prompt, config.output, rng, "warm")
             if kind == "with":
                 for at in rng.choice(len(asked), round(config.cold * len(asked)), replace=False):
-                    asked[at] = asked[at]._replace(model=_user(next(cold_users)), tag="cold")
+                    asked[at] = asked[at]._replace(model=user_id(next(cold_users)), tag="cold")
             done += (made := client.open(asked, rate, rng))
             waits[kind] += [one.first_s for one in made if one.tag == "warm"]
     p95 = {kind: float(np.percentile(found, 95)) for kind, found in waits.items()}
     _say(f"first tokens, p95: {p95}")
     return {
-        "arrivals_per_s": float(rate),
+        "arrivals_per_s": rate,
         "ttft_p95_warm_s": p95["without"],
         "ttft_p95_warm_with_cold_s": p95["with"],
         "ttft_p95_warm_ratio": p95["with"] / p95["without"],
@@ -156,7 +136,7 @@ def _churn(client: Client, engine: Engine, config: BenchServeConfig, done: list[
     began, parts = time.perf_counter(), 10
     for part in range(parts):
         numbers = zipf_users(config.churn // parts, config.users, config.zipf, rng)
-        done += client.closed(wishes([_user(n) for n in numbers], (4, 16), (1, 4), rng), 2 * config.slots)
+        done += client.closed(wishes([user_id(n) for n in numbers], (4, 16), (1, 4), rng), 2 * config.slots)
         memory.append(resident_bytes())
         _say(f"{(part + 1) * config.churn // parts:,} of {config.churn:,} requests, {memory[-1] / 1e6:,.0f} MB")
     seconds = time.perf_counter() - began
@@ -170,14 +150,6 @@ def _churn(client: Client, engine: Engine, config: BenchServeConfig, done: list[
         "pages_left": state.pages_total - state.pages_available,
         "slots_left": len(held),
     }
-
-
-def _random(rng: np.random.Generator, count: int, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    return 0.02 * rng.standard_normal((count, *leaf.shape), np.float32)
-
-
-def _user(number: int) -> str:
-    return f"user-{number:06d}"
 
 
 def _say(line: str) -> None:

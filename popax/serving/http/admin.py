@@ -43,6 +43,11 @@ class Adapters:
         def pin() -> None:
             if key in self._pinned:
                 rooms.release(self._pinned.pop(key))
+            # A request needs slots that are nobody's for ever.
+            pins = [term.manifest.cohort for one in self._pinned.values() for term in one.request.terms]
+            most = rooms.slots - rooms.terms
+            if any(pins.count(term.manifest.cohort) >= most for term in terms):
+                raise ServingError(f"{most} of {rooms.slots} slots may be pinned, and are: unload another adapter")
             if not rooms.hold(held):
                 raise ServingError(f"no slot is free for {name!r}: unload another adapter, or start with more slots")
             self._pinned[key] = held

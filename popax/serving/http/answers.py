@@ -1,13 +1,19 @@
 """Whole answers and streams of them, for both kinds of completion."""
 
+import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
+
+from fastapi import Request, Response
 
 from popax.serving.http.convert import FINISH, Asked, chat_logprobs, completion_logprobs, usage
 from popax.serving.http.errors import described
 from popax.serving.http.service import Service
 from popax.serving.request import Event, Reason, TokenLogps
+
+_LISTEN_S = 0.25  # how often it is asked whether the client is still there
 
 
 class Choice:
@@ -62,12 +68,25 @@ class Failed(Exception):
 async def whole_answer(service: Service, asked: Asked, shape: Shape) -> dict[str, Any]:
     """All choices, once they are over. Raises what one of them ended with."""
     choices = _choices(asked)
-    async for number, event in service.answers(asked.requests):
-        _check(event)
-        choices[number].take(event)
+    async with contextlib.aclosing(service.answers(asked.requests)) as events:
+        async for number, event in events:
+            _check(event)
+            choices[number].take(event)
     new = sum(choice.new for choice in choices)
     made = [shape.whole(index, choice) for index, choice in enumerate(choices)]
     return asked.head | {"choices": made, "usage": usage(asked, new)}
+
+
+async def while_heard(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any] | Response:
+    """The work's result; where the client goes away before, the work is cancelled, and with it what the engine does."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_LISTEN_S))[0]:
+            if await request.is_disconnected():
+                return Response(status_code=499)  # nobody reads it
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def streamed(

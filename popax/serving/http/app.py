@@ -9,11 +9,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Str
 from starlette.exceptions import HTTPException
 
 import popax
+from popax.errors import UnavailableError
 from popax.evaluation.gate import GateConfig
 from popax.serving.http import convert
 from popax.serving.http.admin import Adapters
-from popax.serving.http.answers import Shape, check_first, streamed, whole_answer
-from popax.serving.http.errors import Unavailable, add_handlers, body
+from popax.serving.http.answers import Shape, check_first, streamed, while_heard, whole_answer
+from popax.serving.http.errors import add_handlers, body
 from popax.serving.http.keys import EVERYBODY, ApiKeys, Caller
 from popax.serving.http.limits import BodyLimits, OpenRequests
 from popax.serving.http.models import describe, page
@@ -79,11 +80,11 @@ def _openai(service: Service, who: Callable[..., Caller]) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["openai"])
     depends = Depends(who)
 
-    async def answered(asked: convert.Asked, shape: Shape, wanted: CompletionRequest | ChatRequest):
+    async def answered(request: Request, asked: convert.Asked, shape: Shape, wanted: CompletionRequest | ChatRequest):
         if service.draining:
-            raise Unavailable("the server is closing: ask another one")
+            raise UnavailableError("the server is closing: ask another one")
         if not wanted.stream:
-            return await whole_answer(service, asked, shape)
+            return await while_heard(request, whole_answer(service, asked, shape))
         rest = service.answers(asked.requests)
         first = await anext(rest)
         check_first(first[1])
@@ -93,17 +94,18 @@ def _openai(service: Service, who: Callable[..., Caller]) -> APIRouter:
         return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @router.post("/completions")
-    async def completions(wanted: CompletionRequest, caller: Caller = depends):
+    async def completions(request: Request, wanted: CompletionRequest, caller: Caller = depends):
         named = await service.find(caller.tenant, wanted.model)
         asked = await service.off_loop(convert.completion, service, caller.tenant, named, wanted)
         shape = Shape(service, chat=False, echo=wanted.echo, logprobs=wanted.logprobs is not None)
-        return await answered(asked, shape, wanted)
+        return await answered(request, asked, shape, wanted)
 
     @router.post("/chat/completions")
-    async def chat_completions(wanted: ChatRequest, caller: Caller = depends):
+    async def chat_completions(request: Request, wanted: ChatRequest, caller: Caller = depends):
         named = await service.find(caller.tenant, wanted.model)
         asked = await service.off_loop(convert.chat, service, caller.tenant, named, wanted)
-        return await answered(asked, Shape(service, chat=True, echo=False, logprobs=wanted.logprobs), wanted)
+        shape = Shape(service, chat=True, echo=False, logprobs=wanted.logprobs)
+        return await answered(request, asked, shape, wanted)
 
     @router.get("/models")
     async def models(

@@ -20,12 +20,14 @@ from popax.errors import (
     ServingError,
     StorageError,
     TokenizerError,
+    UnavailableError,
 )
 
 RETRY_AFTER_S = 1
 # The first that an error is an instance of.
 STATUS: tuple[tuple[type[BaseException], int, str], ...] = (
     (QueueFullError, 429, "rate_limit_exceeded"),
+    (UnavailableError, 503, "unavailable"),
     (RevisionNotFoundError, 404, "model_not_found"),
     (BaseMismatchError, 409, "base_mismatch"),
     (ConflictError, 409, "conflict"),
@@ -42,10 +44,6 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
 TYPES |= {409: "conflict_error", 413: "invalid_request_error", 408: "invalid_request_error", 429: "rate_limit_error"}
 
 
-class Unavailable(Exception):
-    """The server is starting, or draining."""
-
-
 def body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """OpenAI's shape of an error."""
     return {"error": {"message": message, "type": TYPES.get(status, "server_error"), "param": param, "code": code}}
@@ -53,8 +51,6 @@ def body(status: int, message: str, code: str | None = None, param: str | None =
 
 def described(error: BaseException) -> tuple[int, dict[str, Any]]:
     """(status, body) of an error. What is no named error says nothing of itself to a caller."""
-    if isinstance(error, Unavailable):
-        return 503, body(503, str(error), "unavailable")
     for kind, status, code in STATUS:
         if isinstance(error, kind):
             return status, body(status, " ".join(str(error).split()), code)
@@ -81,7 +77,7 @@ def add_handlers(app: FastAPI) -> None:
         del request
         return JSONResponse(body(error.status_code, str(error.detail)), error.status_code, error.headers)
 
-    for kind in (PopaxError, Unavailable, Exception):
+    for kind in (PopaxError, Exception):
         app.add_exception_handler(kind, named)
     app.add_exception_handler(RequestValidationError, invalid)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(HTTPException, http)  # pyright: ignore[reportArgumentType]

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,7 +40,7 @@ class Service:
         """`Names.find`, off the loop."""
         return await self.off_loop(self.names.find, tenant, name)
 
-    async def answers(self, requests: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, Event]]:
+    async def answers(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Event]]:
         """(number of the request, event) of all of them as they come, until each has had its last.
 
         Whoever stops listening cancels those that are not over. Raises what `Engine.submit` does; none of them is then

@@ -6,6 +6,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 import httpx2
@@ -220,3 +221,35 @@ def test_whatever_the_openapi_page_allows(open_server):
             assert response.status_code < 500, response.text
 
         probe()
+
+
+def test_who_does_not_wait_for_a_whole_answer_costs_no_more_of_it(engine, server):
+    body = json.dumps(BODY | {"max_tokens": 110, "n": 8}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-of-acme\r\nContent-Type: "
+    head += b"application/json\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n"
+    gate = threading.Event()
+    engine.call(gate.wait)
+    before = engine.state().counters.requests
+    with socket.create_connection(("127.0.0.1", server.port)) as impatient:
+        impatient.sendall(head + body)
+        while engine.state().counters.requests < before + 8:
+            time.sleep(0.01)
+    time.sleep(1.0)  # the server has seen that they went
+    cancelled = engine.state().counters.ended.get("cancelled", 0)
+    gate.set()
+    assert engine.wait_idle(30.0)
+    assert engine.state().counters.ended["cancelled"] == cancelled + 8
+
+
+def test_adapters_are_prewarmed_pinned_and_let_go(engine, server, world):
+    with server.client("boss") as client:
+        assert client.post("/v1/adapters/prewarm", json={"model": "user-9"}).json()["state"] == "warm"
+        loaded = client.post("/v1/adapters/load", json={"model": "user-9"}).json()
+        assert loaded["revisions"][0]["user"] == "acme/user-9"
+        held = [one for each in engine.rooms.residencies.values() for one in each.occupants() if one and one["held"]]
+        assert [one["user"] for one in held] == ["acme/user-9"]
+        assert client.post("/v1/adapters/unload", json={"model": "user-9"}).json()["state"] == "unloaded"
+        assert client.post("/v1/adapters/unload", json={"model": "user-9"}).status_code == 400
+        assert client.post("/v1/adapters/load", json={"model": "base"}).status_code == 400
+        assert client.post("/v1/adapters/load", json={"model": "user-2"}).status_code == 404
+    assert not [one for each in engine.rooms.residencies.values() for one in each.occupants() if one and one["held"]]
