@@ -71,8 +71,51 @@ class PagedCache(NamedTuple):
     row_pages_RxN: jax.Array
     group_pages_GxN: jax.Array
 
+    def places(self, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(page, offset) of each token, as `token_places`."""
+        return token_places(self.row_pages_RxN, self.group_pages_GxN, positions_M, self.pages[0].shape[1], self.page)
 
-Cache = KVCache | LatentCache | PagedCache
+    @property
+    def page(self) -> int:
+        return self.pages[0].shape[3]
+
+
+class RaggedCache(NamedTuple):
+    """As PagedCache, with the pages in one array [L, P, page, 2 K, head_dim] (popax.modeling.ragged)."""
+
+    pages: tuple[jax.Array, ...]
+    row_pages_RxN: jax.Array
+    group_pages_GxN: jax.Array
+
+    def places(self, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(page, offset) of each token, as `token_places`."""
+        return token_places(self.row_pages_RxN, self.group_pages_GxN, positions_M, self.pages[0].shape[1], self.page)
+
+    @property
+    def page(self) -> int:
+        return self.pages[0].shape[2]
+
+    def sizes(self, tokens: int) -> tuple[int, int, int]:
+        """(rows, groups, tokens of a group) of a batch of so many tokens."""
+        rows, groups = self.row_pages_RxN.shape[0], self.group_pages_GxN.shape[0]
+        return rows, groups, (tokens - rows) // groups if groups else 0
+
+
+def token_places(
+    row_pages_RxN: jax.Array, group_pages_GxN: jax.Array, positions_M: jax.Array, pages: int, page: int
+) -> tuple[jax.Array, jax.Array]:
+    """(page, offset) of each token; page number `pages`, which is none, for a token that is none."""
+    rows, groups, count = row_pages_RxN.shape[0], group_pages_GxN.shape[0], row_pages_RxN.shape[1]
+    table_BxN = jnp.concatenate((row_pages_RxN, group_pages_GxN))
+    width = (positions_M.shape[0] - rows) // groups if groups else 0
+    row_M = jnp.concatenate((jnp.arange(rows), rows + jnp.repeat(jnp.arange(groups), width)))
+    at_M = positions_M // page
+    page_M = table_BxN[row_M, jnp.clip(at_M, 0, count - 1)]
+    nowhere = (positions_M < 0) | (at_M >= count)
+    return jnp.where(nowhere, pages, page_M), positions_M % page
+
+
+Cache = KVCache | LatentCache | PagedCache | RaggedCache
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:

@@ -41,7 +41,7 @@ class PagedLayer:
     def write(self, *new: jax.Array) -> "PagedLayer":
         """An array [M, 1, ...] for each of the cache's; the tokens of a group lie in the group's pages."""
         positions_M = self.positions_Mx1[:, 0]
-        page_M, offset_M = self._places(positions_M)
+        page_M, offset_M = self.cache.places(positions_M)
         pages = tuple(
             stored.at[self.layer, page_M, :, offset_M].set(
                 each.reshape(each.shape[0], -1, stored.shape[-1]).astype(stored.dtype), mode="drop"
@@ -81,15 +81,3 @@ class PagedLayer:
         found = found.reshape(batch, heads, count * page, width)
         # A transposition that attention takes back: what it multiplies is what was gathered.
         return found[:, 0] if len(self.cache.pages) == 1 else found.transpose(0, 2, 1, 3)
-
-    def _places(self, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(page, offset) of each token; a page beyond the last for a token that is none, which is dropped."""
-        page_size, count = self.cache.pages[0].shape[3], self.cache.row_pages_RxN.shape[1]
-        rows, groups = self.cache.row_pages_RxN.shape[0], self.cache.group_pages_GxN.shape[0]
-        table_BxN = jnp.concatenate((self.cache.row_pages_RxN, self.cache.group_pages_GxN))
-        width = (positions_M.shape[0] - rows) // groups if groups else 0
-        row_M = jnp.concatenate((jnp.arange(rows), rows + jnp.repeat(jnp.arange(groups), width)))
-        at_M = positions_M // page_size
-        page_M = table_BxN[row_M, jnp.clip(at_M, 0, count - 1)]
-        nowhere = (positions_M < 0) | (at_M >= count)
-        return jnp.where(nowhere, self.cache.pages[0].shape[1], page_M), positions_M % page_size

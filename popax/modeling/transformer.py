@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from popax.modeling.attention import Attention
-from popax.modeling.cache import Cache, CacheView, LayerCache, PagedCache
+from popax.modeling.cache import Cache, CacheView, LayerCache, PagedCache, RaggedCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.context_parallel import keep_cut
 from popax.modeling.latent_attention import LatentAttention
@@ -16,6 +16,7 @@ from popax.modeling.layers import Embed, Linear, RMSNorm, SwiGLU
 from popax.modeling.loss import cross_entropy, frozen_head_nats
 from popax.modeling.moe import MoE
 from popax.modeling.paged import PagedLayer
+from popax.modeling.ragged import RaggedLayer
 from popax.modeling.remat import Remat, rematerialised
 from popax.modeling.stacks import Stack
 from popax.sharding import ShardingRules
@@ -118,6 +119,8 @@ class Context(NamedTuple):
 def _view(cache: Cache, layer: jax.Array, context: Context) -> CacheView:
     if isinstance(cache, PagedCache):
         return PagedLayer(cache=cache, layer=layer, positions_Mx1=context.positions_BxT)
+    if isinstance(cache, RaggedCache):
+        return RaggedLayer(cache=cache, layer=layer, positions_Mx1=context.positions_BxT)
     assert context.mask_BxTxS is not None
     places = {"positions_BxT": context.positions_BxT, "mask_BxTxS": context.mask_BxTxS}
     return LayerCache(cache=cache, layer=layer, **places)

@@ -15,6 +15,7 @@ from popax.adapters.cohort import Cohort
 from popax.errors import ConfigError
 from popax.modeling.model import Model
 from popax.modeling.paged import page_shapes
+from popax.modeling.ragged import fits, ragged_page_shapes
 from popax.serving.step import SlotSets, StepInputs, StepOutputs, StepShape, empty_inputs, serve_step
 from popax.types import Params
 
@@ -81,10 +82,12 @@ class Programs:
         self._options = shapes.all()
         self._compiled: dict[StepShape, jax.stages.Compiled] = {}
         self._empty: dict[StepShape, StepInputs] = {}
+        self._kernel = mesh is None and jax.default_backend() == "tpu" and fits(model.config)
         sharding = _page_sharding(model, mesh)
+        make = ragged_page_shapes if self._kernel else page_shapes
         self._pages = tuple(
             jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=sharding)()
-            for like in page_shapes(model.config, shapes.num_pages, shapes.page, cache_dtype)
+            for like in make(model.config, shapes.num_pages, shapes.page, cache_dtype)
         )
 
     def compile(self, sets: tuple[SlotSets, ...], say: Callable[[str], None] = lambda line: None) -> None:
@@ -95,12 +98,21 @@ class Programs:
                 pages = tuple(each.sharding for each in self._pages)
                 step = jax.jit(
                     serve_step,
-                    static_argnums=(0, 1, 2),
-                    donate_argnums=4,
+                    static_argnums=(0, 1, 2, 3),
+                    donate_argnums=5,
                     out_shardings=(pages, self._everywhere) if self._mesh is not None else None,
                 )
                 trimmed = _trimmed(sets, shape.samples)
-                arguments = (self._model, shape, self._cohorts, self._params, self._pages, trimmed, inputs)
+                arguments = (
+                    self._model,
+                    shape,
+                    self._cohorts,
+                    self._kernel,
+                    self._params,
+                    self._pages,
+                    trimmed,
+                    inputs,
+                )
                 self._compiled[shape] = step.lower(*arguments).compile()
             say(f"step {number + 1} of {len(self._options)} compiled: {shape}")
 

@@ -14,7 +14,7 @@ import numpy as np
 from popax.adapters.apply import bind_slots
 from popax.adapters.chain import chain
 from popax.adapters.cohort import Cohort
-from popax.modeling.cache import PagedCache
+from popax.modeling.cache import PagedCache, RaggedCache
 from popax.modeling.model import Model
 from popax.serving.sampling import NOBODY, History, SamplingRows, penalised, sample_rows
 from popax.types import Adapt, AdapterState, Params
@@ -97,14 +97,16 @@ def serve_step(
     model: Model,
     shape: StepShape,
     cohorts: tuple[Cohort, ...],
+    kernel: bool,
     params: Params,
     pages: tuple[jax.Array, ...],
     sets: tuple[SlotSets, ...],
     inputs: StepInputs,
 ) -> tuple[tuple[jax.Array, ...], StepOutputs]:
-    """(the pages with these tokens written, what was sampled). Static: model, shape, cohorts (one for each of sets)."""
+    """(the pages with these tokens written, what was sampled). Static: model, shape, cohorts (one for each of sets),
+    kernel (pages in the layout of `ragged`)."""
     rows, groups, width = shape.rows, shape.groups, shape.width
-    cache = PagedCache(pages, inputs.row_pages_RxN, inputs.group_pages_GxN)
+    cache = (RaggedCache if kernel else PagedCache)(pages, inputs.row_pages_RxN, inputs.group_pages_GxN)
     x_Mx1xD, cache = model.hidden(
         params,
         inputs.tokens_M[:, None],
@@ -112,7 +114,7 @@ def serve_step(
         cache=cache,
         adapt=_adapt(cohorts, sets, rows),
     )
-    assert isinstance(cache, PagedCache)
+    assert isinstance(cache, PagedCache | RaggedCache)
     x_GxTxD = x_Mx1xD[rows:, 0].reshape(groups, width, x_Mx1xD.shape[-1])
     last_GxD = jnp.take_along_axis(x_GxTxD, inputs.last_G[:, None, None], axis=1)[:, 0]
     x_BxD = jnp.concatenate((x_Mx1xD[:rows, 0], last_GxD))
