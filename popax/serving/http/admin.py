@@ -70,8 +70,10 @@ class Adapters:
         return {"model": name, "state": "unloaded"}
 
     def promote(self, tenant: str, name: str) -> dict[str, Any]:
-        """Serving follows this revision from the next request on. Raises GateError where its scores do not pass."""
+        """Serving follows this revision from the next request on, which finds its row in the host's memory: it is read
+        before the pointer moves. Raises GateError where its scores do not pass."""
         manifest = self._one(tenant, name)
+        self.prewarm(tenant, name)
         catalog = self._service.catalog
         assert catalog is not None
         return _pointers(tenant, promote(catalog, manifest.user, manifest.revision, self._gate))
