@@ -17,11 +17,13 @@ from popax.store.reader import (
     Request,
     await_all,
     finish_row,
+    finish_users,
     latest_manifest,
     read_manifests,
     read_users,
     start_latest_row,
     start_row,
+    start_users,
 )
 from popax.store.records import shown
 from popax.store.registry import CohortRegistry
@@ -30,6 +32,7 @@ from popax.store.signing import Trust
 # From here on a batch's digests take longer than starting threads for them does.
 _PARALLEL_BYTES = 8 << 20
 _THREADS = min(8, os.cpu_count() or 1)
+_PIECE = 256  # users of a stacked batch whose rows are asked for together
 
 
 class RevisionLoader:
@@ -62,15 +65,28 @@ class RevisionLoader:
 
         Raises PopulationError where the users are none or of several cohorts.
         """
-        wanted = self._wanted(requests)
-        places = _places(wanted)
-        begun = None if places is None else self._start(*places)
+        store, users = self._database.kvstore, [user for user, _ in requests]
+        reads, wanted, begun = start_users(store, users), [], []
+        # Rows of the first users are under way while records of the later ones are unpacked.
+        for at in range(0, len(requests), _PIECE):
+            some = slice(at, at + _PIECE)
+            part = self._resolved(requests[some], finish_users(self._database, store, users[some], reads[some]))
+            places = _places(part)
+            begun.append(None if places is None else self._start(*places))
+            wanted += part
         manifests = self._checked(wanted, base_digest)
         cohorts = {manifest.cohort for manifest in manifests}
         if len(cohorts) != 1:
             raise PopulationError(f"{len(requests)} users of {len(cohorts)} cohorts do not stack: name users of one")
-        rows_NxB = None if begun is None else self._arrived(manifests, begun)
-        return manifests, np.stack(self.rows(manifests)) if rows_NxB is None else rows_NxB
+        return manifests, self._stack(manifests, begun)
+
+    def _stack(self, manifests: Sequence[Manifest], begun: Sequence[ts.Future | None]) -> np.ndarray:
+        pieces = []
+        for at, future in enumerate(begun):
+            own = manifests[at * _PIECE : (at + 1) * _PIECE]
+            rows_NxB = None if future is None else self._arrived(own, future)
+            pieces.append(np.stack(self.rows(own)) if rows_NxB is None else rows_NxB)
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def _start(self, array: str, shard: int, rows: list[int]) -> ts.Future | None:
         try:
@@ -92,7 +108,11 @@ class RevisionLoader:
             return rows_NxB if all(threads.map(right, rows_NxB, manifests)) else None
 
     def _wanted(self, requests: Sequence[tuple[str, Which]]) -> list[tuple[UserRecord, int]]:
-        records = read_users(self._database, None, [user for user, _ in requests])
+        return self._resolved(requests, read_users(self._database, None, [user for user, _ in requests]))
+
+    def _resolved(
+        self, requests: Sequence[tuple[str, Which]], records: Sequence[UserRecord | None]
+    ) -> list[tuple[UserRecord, int]]:
         wanted = []
         for (user, which), record in zip(requests, records, strict=True):
             if record is None:

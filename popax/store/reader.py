@@ -45,10 +45,21 @@ def stored_form(manifest: Manifest) -> dict[str, Any]:
 def read_users(database: Database, transaction: ts.Transaction | None, users: Sequence[str]) -> list[UserRecord | None]:
     """Each user's pointers and latest manifest, None for an unknown user. Raises CorruptRevisionError by name."""
     store = database.kvstore.with_transaction(transaction) if transaction else database.kvstore
-    futures = [store.read(user_key(user)) for user in users]
-    await_all(futures)
+    return finish_users(database, store, users, start_users(store, users))
+
+
+def start_users(store: ts.KvStore, users: Sequence[str]) -> list[ts.Future]:
+    """Begin to read users' records; `finish_users` waits for them, all at once or some after the others."""
+    return [store.read(user_key(user)) for user in users]
+
+
+def finish_users(
+    database: Database, store: ts.KvStore, users: Sequence[str], begun: Sequence[ts.Future]
+) -> list[UserRecord | None]:
+    """As `read_users`, of what `start_users` began."""
+    await_all(begun)
     found = []
-    for user, future in zip(users, futures, strict=True):
+    for user, future in zip(users, begun, strict=True):
         record = _unsealed(database, store, user_key(user), future, _of_user, user)
         if record is not None and record["user"] != user:
             raise _corrupt(f"the record of user {shown(user)}", f"it is the record of user {shown(record['user'])}")
