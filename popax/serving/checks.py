@@ -35,5 +35,5 @@ def check_request(request: GenerationRequest, base: Base, context: int, rooms: R
 
 def load_error(answer: Answer) -> BaseException | None:
     """What kept a row of its adapters from being read; it is `ready`."""
-    failed = (row.exception() for row in answer.loading if isinstance(row, concurrent.futures.Future))
+    failed = (row.exception() for row in answer.loading or () if isinstance(row, concurrent.futures.Future))
     return next((error for error in failed if error is not None), None)

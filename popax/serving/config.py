@@ -61,5 +61,5 @@ def described(engine: Engine) -> str:
     """One line for people: what is served, and what of."""
     cohorts = engine.rooms.cohorts if engine.rooms else ()
     kinds = ", ".join(f"{one.config.method} rank {one.config.rank}" for one in cohorts) or "the base alone"
-    megabytes = engine.page_bytes / 1e6
+    megabytes = engine.programs.page_bytes / 1e6
     return f"{kinds}; {engine.shapes.num_pages} pages of {engine.shapes.page} tokens, {megabytes:,.0f} MB"

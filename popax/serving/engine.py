@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import jax
 from jax.sharding import Mesh
 
 from popax.data.tokenize import Tokenizer
@@ -17,6 +16,7 @@ from popax.serving.batch import filled, records, sampled_record
 from popax.serving.checks import check_request, load_error
 from popax.serving.counters import EngineCounters, EngineState
 from popax.serving.detokenize import TextStream
+from popax.serving.incoming import Incoming
 from popax.serving.pages import PagePool, scope_digest
 from popax.serving.programs import EngineShapes, Programs
 from popax.serving.request import Answer, Event, GenerationRequest, Reason
@@ -57,7 +57,8 @@ class Engine:
             waiting=waiting,
             waiting_per_tenant=waiting_per_tenant,
         )
-        self._scheduler = Scheduler(limits, self._pages, self._hold, self._release)
+        self._incoming = Incoming(rooms, self._wake)
+        self._scheduler = Scheduler(limits, self._pages, self._incoming.in_turn, self._hold, self._release)
         self.counters = EngineCounters()
         self._changed = threading.Condition()
         self._arrived: list[Answer] = []
@@ -68,14 +69,9 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="popax-engine", daemon=True)
 
     @property
-    def page_bytes(self) -> int:
-        """Memory of all pages."""
-        return self._programs.page_bytes
-
-    @property
-    def page_sharding(self) -> jax.sharding.Sharding:
-        """Where pages lie."""
-        return self._programs.page_sharding
+    def programs(self) -> Programs:
+        """Its compiled steps, and its pages."""
+        return self._programs
 
     def start(self, say: Callable[[str], None] = lambda line: None) -> None:
         """Compile every step, run each once, and begin to answer. Nothing is compiled after this."""
@@ -97,20 +93,18 @@ class Engine:
         answer = Answer(request, tell, TextStream.of(self.tokenizer, request.stops), self.scope(request))
         if request.terms:
             assert self.rooms is not None
-            answer.loading = self.rooms.fetch(request.terms)
+            self.rooms.check(request.terms)
         with self._changed:
             if self._closing or self._failure is not None:
                 why = "is closing" if self._failure is None else f"has failed ({type(self._failure).__name__})"
                 raise UnavailableError(f"the server {why}, and takes no new requests: ask another one")
             answer.number, self._numbers = self._numbers, self._numbers + 1
             self._scheduler.check_room(request.tenant, [each.request.tenant for each in self._arrived])
+            self._incoming.on_arrival(answer)
             self._arrived.append(answer)
             self._in_flight += 1
             self.counters.requests += 1
             self._changed.notify_all()
-        for row in answer.loading:
-            if isinstance(row, concurrent.futures.Future):
-                row.add_done_callback(lambda _: self._wake())
         return answer
 
     def cancel(self, answer: Answer) -> None:
@@ -190,7 +184,10 @@ class Engine:
         if self.rooms is None or not answer.request.terms:
             return True
         # What could not be read ends in the next turn.
-        return load_error(answer) is None and self.rooms.hold(answer)
+        if load_error(answer) is not None or not self.rooms.hold(answer):
+            return False
+        self._incoming.drop(answer)
+        return True
 
     def _release(self, answer: Answer) -> None:
         if self.rooms is not None:
@@ -287,6 +284,7 @@ class Engine:
 
     def _end(self, answer: Answer, event: Event) -> None:
         self._scheduler.remove(answer)
+        self._incoming.drop(answer)
         answer.timing = answer.timing._replace(ended=time.monotonic())
         self._tell(answer, event)
         with self._changed:

@@ -100,8 +100,9 @@ class Answer:
     """One answer under way: the engine's thread alone writes it, once it was handed over.
 
     tokens: the prompt's and the new ones. computed: of how many of them keys and values are in its pages. digests: of
-    its full pages, as far as they are named. loading: its adapters' rows, or
-    promises of them. hold: their slots, while it has them. blocked_since: when pages or slots were first not free.
+    its full pages, as far as they are named. loading: its adapters' rows, or promises of them; None before they were
+    asked for, and after they came into slots. hold: these slots, while it has them. blocked_since: when pages or slots
+    were first not free.
     """
 
     request: GenerationRequest
@@ -113,7 +114,7 @@ class Answer:
     computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     digests: list[bytes] = dataclasses.field(default_factory=list)
-    loading: Sequence[np.ndarray | concurrent.futures.Future] = ()
+    loading: Sequence[np.ndarray | concurrent.futures.Future] | None = ()
     hold: Any = None
     cancelled: bool = False
     timing: Timing = Timing(0.0)  # noqa: RUF009 - immutable
@@ -128,6 +129,8 @@ class Answer:
     @property
     def ready(self) -> bool:
         """Whether its adapters' rows are at hand (or what kept them from being read)."""
+        if self.loading is None:
+            return False
         return all(not isinstance(row, concurrent.futures.Future) or row.done() for row in self.loading)
 
     @property

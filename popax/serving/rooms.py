@@ -33,7 +33,7 @@ class Rooms:
         terms: int,
         sharding: jax.sharding.Sharding | None = None,
     ):
-        self.terms, self.slots = terms, slots
+        self.terms, self.slots, self.host_bytes = terms, slots, host_bytes
         if terms > slots:
             raise ServingError(f"sums of {terms} adapters on {slots} slots: a request could never get them")
         options = {"slots": slots, "host_bytes": host_bytes, "sharding": sharding}
@@ -56,11 +56,8 @@ class Rooms:
         """By the cohort's id."""
         return self._residencies
 
-    def fetch(self, terms: Sequence[Term]) -> list:
-        """Begin to bring these adapters' rows; an array, or the promise of one, for each.
-
-        Raises ServingError where a cohort has no slots here, or too many of one are to be summed.
-        """
+    def check(self, terms: Sequence[Term]) -> None:
+        """Raises ServingError where a cohort has no slots here, or too many of one are to be summed."""
         count: dict[str, int] = {}
         for manifest, _ in terms:
             count[manifest.cohort] = count.get(manifest.cohort, 0) + 1
@@ -74,13 +71,20 @@ class Rooms:
             raise ServingError(
                 f"a sum of {max(count.values())} adapters of one cohort: this server adds {self.terms} at most"
             )
+
+    def fetch(self, terms: Sequence[Term]) -> list:
+        """Begin to bring these adapters' rows; an array, or the promise of one, for each. `check` has let them pass."""
         return [self._residencies[term.manifest.cohort].fetch([term.manifest])[0] for term in terms]
+
+    def row_bytes(self, terms: Sequence[Term]) -> int:
+        """Of the rows of these adapters together."""
+        return sum(self._residencies[term.manifest.cohort].stored.layout.row_bytes for term in terms)
 
     def hold(self, answer: Answer) -> bool:
         """Its adapters' slots, kept until `release`; False where one is not free. Raises what kept a row from being
         read."""
         held: Held = []
-        rows = [row if isinstance(row, np.ndarray) else row.result() for row in answer.loading]
+        rows = [row if isinstance(row, np.ndarray) else row.result() for row in answer.loading or ()]
         wanted: dict[str, dict[Key, np.ndarray]] = {}
         for (manifest, _), row in zip(answer.request.terms, rows, strict=True):
             wanted.setdefault(manifest.cohort, {})[Key.of(manifest)] = row

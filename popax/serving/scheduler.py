@@ -54,17 +54,23 @@ class Plan(NamedTuple):
 class Scheduler:
     """Waiting answers by tenant, and those that run.
 
-    hold(answer) gives it its adapters' slots, False where they are not free; release(answer) gives them back.
+    begin(answer) asks for its adapters' rows, where that has not been done; hold(answer) gives it its adapters' slots,
+    False where they are not free; release(answer) gives them back.
     """
 
     def __init__(
-        self, limits: Limits, pages: PagePool, hold: Callable[[Answer], bool], release: Callable[[Answer], None]
+        self,
+        limits: Limits,
+        pages: PagePool,
+        begin: Callable[[Answer], None],
+        hold: Callable[[Answer], bool],
+        release: Callable[[Answer], None],
     ):
         self.limits, self.pages = limits, pages
         self.running: list[Answer] = []
         self.tenants = TenantCounters()
         self.preempted = 0
-        self._hold, self._release = hold, release
+        self._begin, self._hold, self._release = begin, hold, release
         self._queues: dict[str, list[Answer]] = collections.defaultdict(list)
         self.waiting = 0  # in all queues; this and `tenants.waiting` may be read by any thread
 
@@ -147,6 +153,8 @@ class Scheduler:
 
     def _try(self, answer: Answer, now: float) -> bool:
         """Admit this one: its adapters are loaded, and pages and slots are free."""
+        if answer.loading is None:
+            self._begin(answer)
         if not answer.ready or len(self.running) >= self.limits.rows:
             return False
         # Whose prompt's probabilities are wanted: every token of it is computed.

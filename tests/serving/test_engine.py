@@ -303,3 +303,25 @@ def test_the_queue_is_bounded_and_closing_is_orderly(world):
     assert {listener.all().last.reason for listener in listeners} == {Reason.LENGTH}
     engine.close()
     engine.rooms.close()
+
+
+def test_rows_that_wait_are_bounded_and_everybody_is_answered(world):
+    """Sixty users at once with room for the rows of very few: the others' are read when their turn comes."""
+    shapes = EngineShapes(rows=(4,), groups=2, width=8, context=64, contexts=(), page=8)
+    engine = world.engine(shapes=shapes, slots=4, host_bytes=30_000)
+    most, ask_for = [], engine._incoming._ask
+
+    def watched(answer, rooms, limit):
+        ask_for(answer, rooms, limit)
+        most.append((engine._incoming._bytes, limit))
+
+    engine._incoming._ask = watched
+    users = world.users[:60]
+    requests = [GenerationRequest(tokens=(at, 7), max_new_tokens=2, terms=world.terms(u)) for at, u in enumerate(users)]
+    told = [listener.all() for listener in together(engine, requests)]
+    assert [one.last.reason for one in told] == [Reason.LENGTH] * 60
+    assert all(held <= max(limit, 40_000) for held, limit in most)
+    assert len(most) > 60  # some had to ask again
+    assert engine._incoming._bytes == 0
+    engine.close()
+    engine.rooms.close()

@@ -52,7 +52,7 @@ def test_a_base_over_a_mesh(small):
     try:
         told, alone = asked(small, engine)
         assert told == alone
-        assert engine.page_sharding.spec[2] == "tensor"
+        assert engine.programs.page_sharding.spec[2] == "tensor"
     finally:
         engine.close()
         rooms.close()

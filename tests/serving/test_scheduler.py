@@ -34,10 +34,10 @@ class Bench:
 
     def __init__(self, rows=2, groups=4, width=4, pages=64, slots=2, **limits):
         self.slots, self.numbers, self.now = Slots(slots), 0, 0.0
+        self.ended, self.begun = [], []
         self.pages = PagePool(pages, 4)
         limits = Limits(rows=rows, groups=groups, width=width, **limits)
-        self.scheduler = Scheduler(limits, self.pages, self.slots.hold, self.slots.release)
-        self.ended = []
+        self.scheduler = Scheduler(limits, self.pages, self.begun.append, self.slots.hold, self.slots.release)
 
     def add(self, tenant="t", length=4, new=2, adapter="", **options):
         tokens = tuple(np.random.default_rng(self.numbers).integers(0, 99, length).tolist())

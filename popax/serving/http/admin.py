@@ -24,6 +24,7 @@ class Adapters:
         terms = self._terms(tenant, name)
         rooms = self._service.engine.rooms
         assert rooms is not None
+        rooms.check(terms)
         for row in rooms.fetch(terms):
             if hasattr(row, "result"):
                 row.result()
@@ -38,6 +39,7 @@ class Adapters:
         )
         rooms = self._service.engine.rooms
         assert rooms is not None
+        rooms.check(terms)
         held.loading = [row if not hasattr(row, "result") else row.result() for row in rooms.fetch(terms)]
 
         def pin() -> None:

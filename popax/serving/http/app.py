@@ -52,7 +52,8 @@ def create_app(
 ) -> FastAPI:
     """The ASGI app. keys: None lets everybody in, as an admin of all: for loopback only."""
     limits = limits or HttpLimits()
-    app = FastAPI(title="popax", version=popax.__version__, responses=_ERRORS)
+    # FastAPI's own pages of the API load scripts from elsewhere; /openapi.json is there.
+    app = FastAPI(title="popax", version=popax.__version__, responses=_ERRORS, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimits, max_bytes=limits.max_body, timeout_s=limits.body_timeout_s)  # pyright: ignore
     app.add_middleware(OpenRequests, most=limits.open_requests)  # pyright: ignore[reportArgumentType]
     add_handlers(app)
@@ -177,14 +178,19 @@ def _operators(service: Service, who: Callable[..., Caller]) -> APIRouter:
             return JSONResponse(body(503, "draining" if service.draining else "failed"), 503)
         return {"status": "ready"}
 
-    @router.get("/metrics")
+    def operator(caller: Caller = depends) -> Caller:
+        if caller.tenant:
+            raise HTTPException(403, "this names all tenants and their users: it is for an admin of all")
+        return caller
+
+    of_all = Depends(operator)
+
+    @router.get("/metrics", dependencies=[of_all])
     async def metrics():
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @router.get("/overview")
-    async def overview_(caller: Caller = depends):
-        if caller.tenant:
-            raise HTTPException(403, "the overview names all tenants: it is for an admin of all")
+    @router.get("/overview", dependencies=[of_all])
+    async def overview_():
         return await service.off_loop(overview, service)
 
     @router.get("/", include_in_schema=False)

@@ -47,7 +47,12 @@ def test_health_needs_none_and_says_little(server):
     with server.client() as client:
         assert client.get("/health").json() == {"status": "ok"}
         assert client.get("/ready").json() == {"status": "ready"}
-        assert b"popax_steps_total" in client.get("/metrics").content
+    for key, status in ((None, 401), ("acme", 403), ("boss", 403), ("all", 200)):
+        with server.client(key) as client:
+            found = client.get("/metrics")
+            assert found.status_code == status
+            assert (b"popax_steps_total" in found.content) == (status == 200)
+            assert (b"acme" in found.content) <= (status == 200)
 
 
 def test_another_tenants_user_does_not_exist(server):
