@@ -1,6 +1,8 @@
 """Every test runs on CPU with 8 devices, strict dtypes and strict ranks."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile far more than they run: less optimisation halves their time, and changes no result they assert.
@@ -23,6 +25,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The first example of a shape compiles: a deadline would measure that.
 hypothesis.settings.register_profile("popax", deadline=None)
 hypothesis.settings.load_profile("popax")
+
+
+# Linux lets a process have 65,530 mappings, and every compiled program takes some: XLA crashes beyond.
+MANY_MAPPINGS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_let_go():
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ COMMANDS: dict[str, str] = {
     "eval": "popax.cli.eval",
     "generate": "popax.cli.generate",
     "serve": "popax.cli.serve",
-    "serve-key": "popax.cli.serve_key",
+    "api-key": "popax.cli.api_key",
     "extract": "popax.cli.extract",
     "import": "popax.cli.import_",
     "migrate": "popax.cli.migrate",

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one and says which")
     parser.add_argument(
-        "--keys", metavar="FILE", help="API keys (popax serve-key makes them); needed where other machines can ask"
+        "--keys", metavar="FILE", help="API keys (popax api-key makes them); needed where other machines can ask"
     )
     parser.add_argument(
         "--revision", default="promoted", metavar="WHICH", help="of users named without one: promoted (default), latest"
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.errors import ConfigError
 
     if args.keys is None and not _loopback(args.host):
-        raise ConfigError(f"--host {args.host} lets other machines ask: give --keys FILE (popax serve-key makes one)")
+        raise ConfigError(f"--host {args.host} lets other machines ask: give --keys FILE (popax api-key makes one)")
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401

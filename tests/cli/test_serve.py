@@ -117,13 +117,13 @@ def test_other_machines_need_keys(small, capsys):
 
     _, folder = small
     assert main(["serve", "--base", str(folder / "base"), "--host", "0.0.0.0"]) == 2
-    assert "serve-key" in capsys.readouterr().err
+    assert "api-key" in capsys.readouterr().err
     keys = folder / "keys.json"
-    assert main(["serve-key", str(keys), "--tenant", "acme"]) == 0
+    assert main(["api-key", str(keys), "--tenant", "acme"]) == 0
     made = capsys.readouterr().out.strip()
     assert made not in keys.read_text()
     assert list(json.loads(keys.read_text()).values()) == [{"tenant": "acme", "admin": False}]
     assert keys.stat().st_mode & 0o077 == 0
-    assert main(["serve-key", str(keys)]) == 2
-    assert main(["serve-key", str(keys), "--tenant", "a/b"]) == 2
+    assert main(["api-key", str(keys)]) == 2
+    assert main(["api-key", str(keys), "--tenant", "a/b"]) == 2
     assert "tenant" in capsys.readouterr().err

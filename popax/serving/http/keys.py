@@ -35,7 +35,7 @@ class ApiKeys:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             callers = {str(digest): Caller(str(one["tenant"]), bool(one["admin"])) for digest, one in found.items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path} is no key file ({error}): make one with popax serve-key") from error
+            raise ConfigError(f"{path} is no key file ({error}): make one with popax api-key") from error
         for caller in callers.values():
             if not caller.tenant and not caller.admin:
                 raise ConfigError(f"{path} has a key without a tenant that is no admin's: it could read everybody")

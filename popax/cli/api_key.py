@@ -1,11 +1,11 @@
-"""`popax serve-key`: an API key for `popax serve --keys`."""
+"""`popax api-key`: an API key for `popax serve --keys`."""
 
 import argparse
 import sys
 
-NAME = "serve-key"
+NAME = "api-key"
 HELP = "Make an API key for one tenant's users (or an admin's for all) and add its digest to a key file."
-EXAMPLE = "popax serve-key keys.json --tenant acme"
+EXAMPLE = "popax api-key keys.json --tenant acme"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
