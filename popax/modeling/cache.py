@@ -71,10 +71,6 @@ class PagedCache(NamedTuple):
     row_pages_RxN: jax.Array
     group_pages_GxN: jax.Array
 
-    def places(self, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(page, offset) of each token, as `token_places`."""
-        return token_places(self.row_pages_RxN, self.group_pages_GxN, positions_M, self.pages[0].shape[1], self.page)
-
     @property
     def page(self) -> int:
         return self.pages[0].shape[3]
@@ -87,10 +83,6 @@ class RaggedCache(NamedTuple):
     row_pages_RxN: jax.Array
     group_pages_GxN: jax.Array
 
-    def places(self, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(page, offset) of each token, as `token_places`."""
-        return token_places(self.row_pages_RxN, self.group_pages_GxN, positions_M, self.pages[0].shape[1], self.page)
-
     @property
     def page(self) -> int:
         return self.pages[0].shape[2]
@@ -101,10 +93,9 @@ class RaggedCache(NamedTuple):
         return rows, groups, (tokens - rows) // groups if groups else 0
 
 
-def token_places(
-    row_pages_RxN: jax.Array, group_pages_GxN: jax.Array, positions_M: jax.Array, pages: int, page: int
-) -> tuple[jax.Array, jax.Array]:
-    """(page, offset) of each token; page number `pages`, which is none, for a token that is none."""
+def token_places(cache: PagedCache | RaggedCache, positions_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(page, offset) of each token; page number P, which is none, for a token that is none."""
+    row_pages_RxN, group_pages_GxN, page = cache.row_pages_RxN, cache.group_pages_GxN, cache.page
     rows, groups, count = row_pages_RxN.shape[0], group_pages_GxN.shape[0], row_pages_RxN.shape[1]
     table_BxN = jnp.concatenate((row_pages_RxN, group_pages_GxN))
     width = (positions_M.shape[0] - rows) // groups if groups else 0
@@ -112,7 +103,7 @@ def token_places(
     at_M = positions_M // page
     page_M = table_BxN[row_M, jnp.clip(at_M, 0, count - 1)]
     nowhere = (positions_M < 0) | (at_M >= count)
-    return jnp.where(nowhere, pages, page_M), positions_M % page
+    return jnp.where(nowhere, cache.pages[0].shape[1], page_M), positions_M % page
 
 
 Cache = KVCache | LatentCache | PagedCache | RaggedCache

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.errors import ConfigError
-from popax.modeling.cache import DTYPES, Attend, PagedCache
+from popax.modeling.cache import DTYPES, Attend, PagedCache, token_places
 from popax.modeling.config import ModelConfig
 
 
@@ -41,7 +41,7 @@ class PagedLayer:
     def write(self, *new: jax.Array) -> "PagedLayer":
         """An array [M, 1, ...] for each of the cache's; the tokens of a group lie in the group's pages."""
         positions_M = self.positions_Mx1[:, 0]
-        page_M, offset_M = self.cache.places(positions_M)
+        page_M, offset_M = token_places(self.cache, positions_M)
         pages = tuple(
             stored.at[self.layer, page_M, :, offset_M].set(
                 each.reshape(each.shape[0], -1, stored.shape[-1]).astype(stored.dtype), mode="drop"

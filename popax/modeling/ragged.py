@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from popax.modeling.cache import Attend, RaggedCache
+from popax.modeling.cache import Attend, RaggedCache, token_places
 from popax.modeling.config import ModelConfig
 
 LANES = 128
@@ -47,7 +47,7 @@ class RaggedLayer:
         (stored,) = self.cache.pages
         k_MxKxd, v_MxKxd = (each[:, 0].astype(stored.dtype) for each in new)
         both = jnp.stack((k_MxKxd, v_MxKxd), axis=2).reshape(k_MxKxd.shape[0], -1, k_MxKxd.shape[-1])
-        page_M, offset_M = self.cache.places(self.positions_Mx1[:, 0])
+        page_M, offset_M = token_places(self.cache, self.positions_Mx1[:, 0])
         stored = stored.at[self.layer, page_M, offset_M].set(both, mode="drop")
         return dataclasses.replace(self, cache=self.cache._replace(pages=(stored,)))
 

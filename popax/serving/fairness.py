@@ -41,9 +41,3 @@ class TenantCounters:
     def waiting(self, tenant: str) -> int:
         """How many requests of this tenant wait."""
         return self._waiting.get(tenant, 0)
-
-    def forget(self, running: set[str]) -> None:
-        """Drop the counters of who neither waits nor runs, but for the largest: tenants come and go in millions."""
-        gone = [tenant for tenant in self._served if tenant not in self._waiting and tenant not in running]
-        for tenant in sorted(gone, key=lambda tenant: self._served[tenant])[:-1]:
-            del self._served[tenant]

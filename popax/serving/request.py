@@ -119,7 +119,6 @@ class Answer:
     cancelled: bool = False
     timing: Timing = Timing(0.0)  # noqa: RUF009 - immutable
     blocked_since: float = 0.0
-    found: int = 0  # of the prompt, in pages that others had computed
     prompt_records: list[TokenLogps] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -167,7 +167,7 @@ class Scheduler:
             answer.blocked_since = answer.blocked_since or now
             return False
         answer.pages, answer.digests = [*pages, *taken], digests
-        answer.computed = answer.found = len(pages) * self.pages.size
+        answer.computed = len(pages) * self.pages.size
         answer.blocked_since = 0.0
         answer.timing = answer.timing._replace(admitted=answer.timing.admitted or now)
         self._dequeue(answer)

@@ -108,10 +108,6 @@ class Adapters:
         ]
         return _pointers(tenant, record) | {"revisions": revisions}
 
-    @property
-    def pinned(self) -> int:
-        return len(self._pinned)
-
     def _terms(self, tenant: str, name: str) -> tuple[Term, ...]:
         terms = self._service.names.find(tenant, name).terms
         if not terms:

@@ -70,7 +70,7 @@ async def whole_answer(service: Service, asked: Asked, shape: Shape) -> dict[str
     choices = _choices(asked)
     async with contextlib.aclosing(service.answers(asked.requests)) as events:
         async for number, event in events:
-            _check(event)
+            check(event)
             choices[number].take(event)
     new = sum(choice.new for choice in choices)
     made = [shape.whole(index, choice) for index, choice in enumerate(choices)]
@@ -119,12 +119,8 @@ async def _again(first: tuple[int, Event], rest: AsyncIterator) -> AsyncIterator
         yield each
 
 
-def check_first(event: Event) -> None:
-    """Raises what the first event of a stream ended with: it still has a status."""
-    _check(event)
-
-
-def _check(event: Event) -> None:
+def check(event: Event) -> None:
+    """Raises what an answer ended with, where that is an error; a stream's first event still has a status."""
     if event.error is not None:
         raise event.error
     if event.reason is Reason.ERROR:

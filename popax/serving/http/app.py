@@ -13,7 +13,7 @@ from popax.errors import UnavailableError
 from popax.evaluation.gate import GateConfig
 from popax.serving.http import convert
 from popax.serving.http.admin import Adapters
-from popax.serving.http.answers import Shape, check_first, streamed, while_heard, whole_answer
+from popax.serving.http.answers import Shape, check, streamed, while_heard, whole_answer
 from popax.serving.http.errors import add_handlers, body
 from popax.serving.http.keys import EVERYBODY, ApiKeys, Caller
 from popax.serving.http.limits import BodyLimits, OpenRequests
@@ -88,7 +88,7 @@ def _openai(service: Service, who: Callable[..., Caller]) -> APIRouter:
             return await while_heard(request, whole_answer(service, asked, shape))
         rest = service.answers(asked.requests)
         first = await anext(rest)
-        check_first(first[1])
+        check(first[1])
         options = wanted.stream_options
         with_usage = options is not None and options.include_usage
         parts = streamed(service, asked, shape, with_usage=with_usage, first=first, rest=rest)
