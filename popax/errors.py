@@ -35,6 +35,10 @@ class TokenizerError(PopaxError):
     """A tokenizer cannot be loaded, or lacks what was asked of it (a chat template, a special token)."""
 
 
+class ComposeError(PopaxError):
+    """Adapters that cannot be combined as asked."""
+
+
 class PopulationError(PopaxError):
     """Members do not fit together: other shapes, other cohort, too many for the slots."""
 

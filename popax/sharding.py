@@ -33,6 +33,7 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("norm", None),
     ("groups", None),
     ("rank", None),
+    ("vector", None),
 )
 
 

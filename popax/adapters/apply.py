@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from popax.adapters.base import IndexedSite
 from popax.adapters.cohort import Cohort, scales
+from popax.adapters.method import IndexedSite, indexed_rows
 from popax.types import AdapterState, ExpertFactors, ExpertTerms
 
 
@@ -19,8 +19,9 @@ class SiteAdapters:
 
     slot: None when the state is one user's; else int [B], each row's slot on the state's leading axis, -1 for base
     only. rows: of a flat batch [M, 1] (popax.modeling.cache.PagedCache): its first so many tokens have a slot each, the
-    others, in groups of equal length, a slot for each group. weight: float32 [B], a factor on each row's delta (deltas
-    are linear in x), which skips the delta altogether where no row has a slot.
+    others, in groups of equal length, a slot for each group. weight: float32 [B], a factor on each row's delta, which
+    skips the delta altogether where no row has a slot; only methods whose delta is a product with x have other
+    factors than 1 (`Cohort.adds`).
     """
 
     cohort: Cohort = dataclasses.field(metadata={"static": True})
@@ -48,14 +49,14 @@ class SiteAdapters:
         return jax.lax.cond(jnp.any(slot >= 0), added, lambda: tuple(site.y_BxTxF for site in sites))
 
     def _by_weight(self, x: jax.Array) -> jax.Array:
-        if self.weight is None:
+        if self.weight is None or not self.cohort.adds:
             return x
         weight_B = self._each_token(self.weight, x.shape[0])
         return x * weight_B.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
     def _indexed(self, sites: tuple[IndexedSite, ...], x: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
         if self.rows is None:
-            return self.cohort.method.indexed(sites, x, slot)
+            return indexed_rows(self.cohort.method, sites, x, slot)
         groups = slot.shape[0] - self.rows
         parts = []
         for where, batch, slots in (
@@ -65,7 +66,7 @@ class SiteAdapters:
             if batch:
                 cut = lambda flat, where=where, batch=batch: flat[where].reshape(batch, -1, flat.shape[-1])  # noqa: E731
                 own = tuple(site._replace(y_BxTxF=cut(site.y_BxTxF)) for site in sites)
-                parts.append(self.cohort.method.indexed(own, cut(x), slots))
+                parts.append(indexed_rows(self.cohort.method, own, cut(x), slots))
         flat = [[each.reshape(-1, 1, each.shape[-1]) for each in part] for part in parts]
         return tuple(jnp.concatenate(each) for each in zip(*flat, strict=True))
 
@@ -176,6 +177,8 @@ def bind_slots(
 def _bound(
     cohort: Cohort, adapter: AdapterState, shared: AdapterState, keys: jax.Array | None, rows: Rows | None
 ) -> BoundAdapter:
+    adapter = cohort.spread(adapter, slots=rows is not None)
+
     def part(names: list[str], key: jax.Array | None, rows: Rows | None) -> SiteAdapters:
         return SiteAdapters(
             cohort=cohort,

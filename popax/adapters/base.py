@@ -1,12 +1,10 @@
-"""The words of an adapter: its configuration, the sites it resolves to, and the interface of a method."""
+"""The words of an adapter: its configuration, and the sites it resolves to."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
-
-import jax
+from typing import Any, Literal
 
 from popax.errors import ConfigError, SiteError
 from popax.types import SiteInfo
@@ -44,7 +42,7 @@ class AdapterConfig:
     rank, alpha, alpha_rule: the delta's scale is alpha/rank ("rank"), alpha/sqrt(rank) ("sqrt_rank",
     arXiv 2312.03732) or alpha ("constant"). init: "default" is the method's own start. dropout: the probability
     that a feature entering the adapter (never the base) is dropped in training. targets: the first rule that matches
-    wins.
+    wins. options: what only this method has, {name: value}, kept as sorted pairs; the method checks them.
     """
 
     method: str = "lora"
@@ -55,8 +53,11 @@ class AdapterConfig:
     dropout: float = 0.0
     targets: tuple[TargetRule, ...] = (TargetRule(pattern=ALL_LINEAR),)
     dtype: str = "float32"
+    options: Any = ()
 
     def __post_init__(self):
+        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
+        object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in pairs)))
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         object.__setattr__(self, "targets", tuple(_as_rule(rule) for rule in targets))
         if self.rank < 1:
@@ -77,8 +78,10 @@ class AdapterConfig:
         return {"rank": alpha / rank, "sqrt_rank": alpha / math.sqrt(rank), "constant": alpha}[self.alpha_rule]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
-        return dataclasses.asdict(self) | {"targets": [dataclasses.asdict(rule) for rule in self.targets]}
+        """Plain JSON values; `from_dict` reads them back. Without options there is no entry for them."""
+        record = dataclasses.asdict(self) | {"targets": [dataclasses.asdict(rule) for rule in self.targets]}
+        del record["options"]
+        return record | ({"options": dict(self.options)} if self.options else {})
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "AdapterConfig":
@@ -116,8 +119,17 @@ class SiteSpec:
         return max(self.ranks)
 
 
-def resolve(config: AdapterConfig, sites: Mapping[str, SiteInfo]) -> dict[str, SiteSpec]:
+def resolve(
+    config: AdapterConfig,
+    sites: Mapping[str, SiteInfo],
+    *,
+    width: Callable[[int, int, int], int] = lambda rank, d_in, d_out: rank,
+    scaled: bool = True,
+) -> dict[str, SiteSpec]:
     """The sites this config adapts, in the model's order.
+
+    width(rank, d_in, d_out): the rank of the method's arrays, where it is not the config's. scaled: whether alpha is
+    the method's to use; its scale is 1 where not.
 
     Raises SiteError where a rule matches no site, or only sites that an earlier rule takes, or where every rule is an
     exception; ConfigError where the rank exceeds a site's dimensions.
@@ -128,10 +140,11 @@ def resolve(config: AdapterConfig, sites: Mapping[str, SiteInfo]) -> dict[str, S
         ranks, scales = [], []
         for concrete in _layer_names(info):
             rank, alpha = _first_match(config, (name, concrete), used)
+            rank = width(rank, info.d_in, info.d_out) if rank else 0
             if rank > min(info.d_in, info.d_out):
                 raise ConfigError(f"rank {rank} at {concrete} exceeds its {info.d_in} x {info.d_out} matrix")
             ranks.append(rank)
-            scales.append(config.scale(rank, alpha) if rank else 0.0)
+            scales.append((config.scale(rank, alpha) if scaled else 1.0) if rank else 0.0)
         if any(ranks):
             specs[name] = SiteSpec(info=info, ranks=tuple(ranks), scales=tuple(scales))
     for rule, was_used in zip(config.targets, used, strict=True):
@@ -166,74 +179,3 @@ def _fullmatch(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise SiteError(f"target {pattern!r} is not a regular expression: {error}") from error
-
-
-class SiteDims(NamedTuple):
-    """The static sizes a method sees: one layer of one site. experts, hidden_side: as in `SiteInfo`."""
-
-    d_in: int
-    d_out: int
-    rank: int
-    experts: int = 0
-    hidden_side: Literal["in", "out"] | None = None
-
-
-Leaves = dict[str, jax.Array]
-
-
-class IndexedSite(NamedTuple):
-    """What a method needs at one site for rows of different users: state leaves have a leading slot axis."""
-
-    state: Leaves
-    shared: Leaves
-    scale: jax.Array
-    y_BxTxF: jax.Array
-
-
-class ExpertMethod(NamedTuple):
-    """A method at the experts of a mixture, for one user (slot None) or for rows of different users.
-
-    With slots, state leaves have a leading slot axis and slot_B is each row's; -1 is the base only.
-
-    own(state): the factors on the experts' own side, [E, R, F] or [S, E, R, F].
-    before(state, scale, x_BxTxD, slot_B): the scaled product of x with the factor on the hidden side, [B, T, R].
-    after(state, scale, low_BxTxR, y_BxTxD, slot_B): y plus the scaled product of low with the factor on the hidden
-        side; slot -1 returns y's own bits.
-    """
-
-    own: Callable[[Leaves], jax.Array]
-    before: Callable[..., jax.Array]
-    after: Callable[..., jax.Array]
-
-
-class AdapterMethod(NamedTuple):
-    """A family of adapters as pure functions of ONE user at ONE layer of ONE site; layers and users are vmapped.
-
-    w_DxF is the base weight (y = x W), mask_R is 1 up to the layer's own rank and 0 beyond, scale is a scalar. Where a
-    site has experts, the leaf with their own side's axis has the experts' axis before the others.
-
-    name: the row's key in the table.
-    state_axes, shared_axes: leaf -> logical axes; "in" and "out" stand for the base weight's own axes.
-    shared(dims, mask_R, w_DxF): frozen arrays that all users share, made once from the base.
-    init(key, dims, mask_R, config): one user's start.
-    delta(state, shared, scale, x, y, drop): the site's output for this user, in y's dtype; x [..., D], y [..., F];
-        drop(x) is the dropout on what enters the adapter.
-    indexed(sites, x_BxTxD, slot_B): the same for rows of different users, at sites that share x: an output for each
-        IndexedSite; slot -1 returns y's own bits.
-    factors(state, shared): (a_RxD, b_RxF) with delta = scale * x a^T b, for merging, norms and PEFT.
-    inits: names AdapterConfig.init may take, mapped to "is the output equal to the base's at the start?".
-    linear: is the delta linear in the state (mixing states mixes deltas)?
-    experts: the method at routed experts, None where it has no form there.
-    """
-
-    name: str
-    state_axes: dict[str, tuple[str, ...]]
-    shared_axes: dict[str, tuple[str, ...]]
-    shared: Callable[[SiteDims, jax.Array, jax.Array], Leaves]
-    init: Callable[[jax.Array, SiteDims, jax.Array, AdapterConfig], Leaves]
-    delta: Callable[..., jax.Array]
-    indexed: Callable[[tuple[IndexedSite, ...], jax.Array, jax.Array], tuple[jax.Array, ...]]
-    factors: Callable[[Leaves, Leaves], tuple[jax.Array, jax.Array]]
-    inits: dict[str, bool]
-    linear: bool
-    experts: ExpertMethod | None = None

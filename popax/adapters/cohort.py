@@ -1,17 +1,23 @@
 """A cohort: one AdapterConfig resolved on one model. It makes, applies, merges and measures its users' adapters.
 
-An adapter is {site: {leaf: [L, ...]}} for one user (no L at a site outside the layer stack).
+An adapter is {site: {leaf: [L, ...]}} for one user, no L at a site outside the layer stack. Where the method ties sites
+to groups, it is {TIED: {leaf: [G, ...]}}.
 """
 
 import dataclasses
+import functools
+import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from popax.adapters.base import AdapterConfig, AdapterMethod, SiteDims, SiteSpec, resolve
-from popax.adapters.table import METHODS, method_of
+from popax.adapters.base import AdapterConfig, SiteSpec, resolve
+from popax.adapters.method import TIED, AdapterMethod, SiteBase, SiteDims
+from popax.adapters.table import METHODS, method_of, options_of
 from popax.errors import ConfigError
 from popax.types import AdapterState, SiteInfo
 
@@ -29,52 +35,85 @@ class Cohort:
     def of(cls, config: AdapterConfig, sites: Mapping[str, SiteInfo]) -> "Cohort":
         """Resolve the config's targets on a model's sites. Raises SiteError and ConfigError as `resolve` does.
 
-        ConfigError too where the method has no form at routed experts, or dropout none (at what comes out of experts).
+        ConfigError too where the method has no form at routed experts, or dropout none (at what comes out of experts),
+        and where it ties more groups than there are sites.
         """
-        method_of(config)
-        specs = resolve(config, sites)
-        _check_experts(config, specs)
-        return cls(config, tuple(specs.values()))
+        method = method_of(config)
+        specs = resolve(config, sites, width=method.width, scaled=method.scaled)
+        _check_experts(config, method, specs)
+        cohort = cls(config, tuple(specs.values()))
+        if method.tied:
+            cohort._groups  # noqa: B018 - raises where they do not fit
+        return cohort
 
-    @property
+    @functools.cached_property
     def method(self) -> AdapterMethod:
         return method_of(self.config)
+
+    @functools.cached_property
+    def options(self) -> Any:
+        """The method's own options."""
+        return options_of(self.config)
 
     @property
     def specs(self) -> dict[str, SiteSpec]:
         return {spec.info.name: spec for spec in self.sites}
 
     @property
+    def layered(self) -> dict[str, bool]:
+        """The entries of an adapter, and whether their leaves have an L first: its sites, or TIED alone."""
+        return {TIED: False} if self.method.tied else {spec.info.name: bool(spec.info.layers) for spec in self.sites}
+
+    @property
     def starts_at_base(self) -> bool:
         """Whether a fresh adapter's output is exactly the base's."""
         return self.method.inits[self.config.init]
 
-    def shared(self, weight: Callable[[str], jax.Array]) -> AdapterState:
-        """The frozen arrays all users share, from the base's weights: weight(site) -> [L, D, F] or [D, F]."""
+    @property
+    def adds(self) -> bool:
+        """Whether deltas are products with x, so that weighted sums of its users' adapters are sums of deltas."""
+        return self.method.factors is not None
+
+    def shared(
+        self, weight: Callable[[str], jax.Array], bias: Callable[[str], jax.Array | None] = lambda site: None
+    ) -> AdapterState:
+        """The frozen arrays all users share, from the base's weights: weight(site) -> [L, D, F] or [D, F].
+
+        bias(site) -> [L, F] or [F], None where the base has none; a caller whose base has biases gives them.
+        """
 
         def at_site(spec: SiteSpec) -> dict[str, jax.Array]:
-            one = lambda mask_R, w_DxF: self.method.shared(_dims(spec), mask_R, w_DxF)  # noqa: E731
-            if not spec.info.layers:
-                return one(_mask(spec)[0], weight(spec.info.name))
+            name, layers, w = spec.info.name, spec.info.layers, weight(spec.info.name)
+            found = bias(name)
+            b = jnp.zeros((*w.shape[:1], w.shape[-1]) if layers else w.shape[-1:]) if found is None else found
+            key = jax.random.key(zlib.crc32(name.encode()))
+            one = lambda mask_R, base: self.method.shared(self._dims(spec), mask_R, base, self.options)  # noqa: E731
+            if not layers:
+                return one(_mask(spec)[0], SiteBase(key, w, b, scales(spec)))
             # One layer at a time: a decomposition's workspace is then one matrix, not the stack.
-            return jax.lax.map(lambda operands: one(*operands), (_mask(spec), weight(spec.info.name)))
+            bases = SiteBase(jax.random.split(key, layers), w, b, scales(spec))
+            return jax.lax.map(lambda operands: one(*operands), (_mask(spec), bases))
 
-        shared = {spec.info.name: at_site(spec) for spec in self.sites}
-        return {name: leaves for name, leaves in shared.items() if leaves}
+        if not self.method.shared_axes:
+            return {}
+        return {spec.info.name: at_site(spec) for spec in self.sites}
 
     def init(self, key: jax.Array) -> AdapterState:
         """A fresh adapter for one user."""
-        dtype = jnp.dtype(self.config.dtype)
+        dtype, method = jnp.dtype(self.config.dtype), self.method
 
         def at_site(site_key: jax.Array, spec: SiteSpec) -> dict[str, jax.Array]:
             keys = jax.random.split(site_key, len(spec.ranks))
-            one = lambda key, mask_R: self.method.init(key, _dims(spec), mask_R, self.config)  # noqa: E731
+            one = lambda key, mask_R: method.init(key, self._dims(spec), mask_R, self.config, self.options)  # noqa: E731
             leaves = jax.vmap(one)(keys, _mask(spec))
-            leaves = leaves if spec.info.layers else jax.tree.map(lambda leaf: leaf[0], leaves)
-            return jax.tree.map(lambda leaf: leaf.astype(dtype), leaves)
+            return leaves if spec.info.layers else jax.tree.map(lambda leaf: leaf[0], leaves)
 
-        keys = jax.random.split(key, len(self.sites))
-        return {spec.info.name: at_site(keys[index], spec) for index, spec in enumerate(self.sites)}
+        if method.tied:
+            state = {TIED: method.init(key, self.config, self.options)}
+        else:
+            keys = jax.random.split(key, len(self.sites))
+            state = {spec.info.name: at_site(keys[index], spec) for index, spec in enumerate(self.sites)}
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
 
     def abstract(self) -> Any:
         """The shapes and dtypes of one user's adapter."""
@@ -88,6 +127,8 @@ class Cohort:
     def axes(self, *, shared: bool = False) -> dict[str, dict[str, tuple[str, ...]]]:
         """Logical axes of each leaf, taken from the base weight's own."""
         table = self.method.shared_axes if shared else self.method.state_axes
+        if self.method.tied and not shared:
+            return {TIED: dict(table)}
 
         def at_site(info: SiteInfo) -> dict[str, tuple[str, ...]]:
             names = {"in": info.axes[0], "out": info.axes[1]}
@@ -102,48 +143,124 @@ class Cohort:
 
         return {spec.info.name: at_site(spec.info) for spec in self.sites if table}
 
-    def merge(self, name: str, w: jax.Array, adapter: AdapterState, shared: AdapterState) -> jax.Array:
-        """W' = W + s A^T B at one site, for [L, D, F] or [D, F], with an E before D at experts; the dtype stays W's."""
-        spec = self.specs[name]
+    def spread(self, adapter: AdapterState, *, slots: bool = False) -> AdapterState:
+        """What each site sees of an adapter: {site: {leaf: [L, ...]}}, without L outside the layer stack.
 
-        def one(w_DxF, scale, leaves, common):
-            a_RxD, b_RxF = _each_expert(*self._factors(leaves, common))
-            delta_DxF = jnp.matmul(a_RxD.mT, b_RxF, precision=EXACT)
-            return (w_DxF.astype(jnp.float32) + scale * delta_DxF).astype(w_DxF.dtype)
+        Where the method ties sites, each takes its group's leaves; elsewhere this is the adapter as it is. slots:
+        leaves have a slot axis, after L where there is one, as `bind_slots` takes them.
+        """
+        if not self.method.tied:
+            return adapter
 
-        return _over_layers(one, spec, w, scales(spec), adapter[name], shared.get(name, {}))
+        def at_site(spec: SiteSpec) -> dict[str, jax.Array]:
+            groups = self._groups[spec.info.name]
+            take = lambda leaf: leaf[:, groups].swapaxes(0, 1) if slots else leaf[groups]  # noqa: E731
+            leaves = jax.tree.map(lambda leaf: take(leaf), adapter[TIED])
+            return leaves if spec.info.layers else jax.tree.map(lambda leaf: leaf[0], leaves)
+
+        return {spec.info.name: at_site(spec) for spec in self.sites}
+
+    @functools.cached_property
+    def _groups(self) -> dict[str, np.ndarray]:
+        """The group of each site at each layer: stretches of equal length in the order of depth, outer sites last."""
+        places = [
+            (spec.info.first_layer + layer if spec.info.layers else math.inf, index, layer)
+            for index, spec in enumerate(self.sites)
+            for layer, rank in enumerate(spec.ranks)
+            if rank
+        ]
+        count = self.options.groups
+        if count > len(places):
+            raise ConfigError(f"groups={count}: there are only {len(places)} adapted matrices to tie")
+        found = {spec.info.name: np.zeros(len(spec.ranks), np.int32) for spec in self.sites}
+        for order, (_, index, layer) in enumerate(sorted(places)):
+            found[self.sites[index].info.name][layer] = order * count // len(places)
+        return found
+
+    def refreshed(
+        self, adapter: AdapterState, shared: AdapterState, weight: Callable[[str], jax.Array]
+    ) -> AdapterState:
+        """The adapter with what its method derives from its other leaves computed anew; weight as in `shared`."""
+        if self.method.refresh is None:
+            return adapter
+        return adapter | {
+            name: _over_layers(
+                self.method.refresh, spec, adapter[name], shared.get(name, {}), scales(spec), weight(name)
+            )
+            for name, spec in self.specs.items()
+        }
+
+    def merge(
+        self,
+        name: str,
+        w: jax.Array,
+        adapter: AdapterState,
+        shared: AdapterState,
+        bias: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(W', bias') of one site, whose output is the adapter's; W + s A^T B where the method has factors.
+
+        w: [L, D, F] or [D, F], with an E before D at experts; bias: [L, F] or [F]. Their dtypes stay. bias' is None
+        where the base has no bias and the method makes none.
+        """
+        spec, method = self.specs[name], self.method
+        leaves, common = self._wide(self.spread(adapter)[name]), self._wide(shared.get(name, {}))
+
+        def product(w_DxF, scale, leaves, common):
+            a_RxD, b_RxF = _each_expert(*method.factors(leaves, common))
+            return w_DxF.astype(jnp.float32) + scale * jnp.matmul(a_RxD.mT, b_RxF, precision=EXACT)
+
+        with jax.default_matmul_precision("highest"):
+            if method.merge is None:
+                return _over_layers(product, spec, w, scales(spec), leaves, common).astype(w.dtype), bias
+            b = jnp.zeros((*w.shape[:1], w.shape[-1]) if spec.info.layers else w.shape[-1:]) if bias is None else bias
+            wide = (w.astype(jnp.float32), b.astype(jnp.float32))
+            merged, offset = _over_layers(method.merge, spec, leaves, common, scales(spec), *wide)
+        made = bias is not None or method.makes_bias
+        return merged.astype(w.dtype), offset.astype(b.dtype) if made else None
 
     def norms(self, adapter: AdapterState, shared: AdapterState) -> dict[str, jax.Array]:
         """Frobenius norm of each site's delta, [L] or scalar, over all experts where it has some.
 
-        ||s A^T B||_F = s sqrt(<A A^T, B B^T>).
+        ||s A^T B||_F = s sqrt(<A A^T, B B^T>) where the method has factors.
         """
 
-        def one(scale, leaves, common):
-            a_RxD, b_RxF = _each_expert(*self._factors(leaves, common))
-            aa_RxR = jnp.matmul(a_RxD, a_RxD.mT, precision=EXACT)
-            bb_RxR = jnp.matmul(b_RxF, b_RxF.mT, precision=EXACT)
+        def product(leaves, common, scale):
+            a_RxD, b_RxF = _each_expert(*self.method.factors(leaves, common))
+            aa_RxR, bb_RxR = (jnp.matmul(each, each.mT, precision=EXACT) for each in (a_RxD, b_RxF))
             return jnp.abs(scale) * jnp.sqrt(jnp.maximum(jnp.sum(aa_RxR * bb_RxR), 0.0))
 
-        return {
-            spec.info.name: _over_layers(
-                one, spec, scales(spec), adapter[spec.info.name], shared.get(spec.info.name, {})
-            )
-            for spec in self.sites
-        }
+        one, seen = self.method.norm or product, self._wide(self.spread(adapter))
+        with jax.default_matmul_precision("highest"):
+            return {
+                name: _over_layers(one, spec, seen[name], self._wide(shared.get(name, {})), scales(spec))
+                for name, spec in self.specs.items()
+            }
 
     def factors(self, name: str, adapter: AdapterState, shared: AdapterState) -> tuple[jax.Array, jax.Array]:
         """(A [L, R, D], B [L, R, F]) in float32, without L outside the stack: the delta's weight is s A^T B.
 
-        At experts, the factor on their own side has an E after L.
+        At experts, the factor on their own side has an E after L. Raises ConfigError where the method's delta is no
+        such product.
         """
-        return _over_layers(self._factors, self.specs[name], adapter[name], shared.get(name, {}))
-
-    def _factors(self, leaves: dict[str, jax.Array], common: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # What is merged or measured is computed once and kept: float32 whatever the adapter's own dtype is.
-        leaves, common = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (leaves, common))
+        if self.method.factors is None:
+            raise ConfigError(f"method={self.config.method!r}: its change of a weight is no product of two factors")
+        leaves, common = self._wide(self.spread(adapter)[name]), self._wide(shared.get(name, {}))
         with jax.default_matmul_precision("highest"):
-            return self.method.factors(leaves, common)
+            return _over_layers(self.method.factors, self.specs[name], leaves, common)
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rates of leaves, by their names, where they are not 1."""
+        return {leaf: rate for leaf, rate in self.method.rates(self.options).items() if rate != 1.0}
+
+    def _wide(self, tree: Any) -> Any:
+        """What is merged or measured is computed once and kept: float32 whatever the adapter's own dtype is."""
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def _dims(self, spec: SiteSpec) -> SiteDims:
+        widest = (max(each.info.d_in for each in self.sites), max(each.info.d_out for each in self.sites))
+        info = spec.info
+        return SiteDims(info.d_in, info.d_out, spec.rank, info.experts, info.hidden_side, *widest)
 
 
 def scales(spec: SiteSpec) -> jax.Array:
@@ -155,19 +272,15 @@ def _over_layers(one: Callable[..., Any], spec: SiteSpec, *operands: Any) -> Any
     return jax.vmap(one)(*operands) if spec.info.layers else one(*operands)
 
 
-def _dims(spec: SiteSpec) -> SiteDims:
-    return SiteDims(spec.info.d_in, spec.info.d_out, spec.rank, spec.info.experts, spec.info.hidden_side)
-
-
 def _each_expert(a_RxD: jax.Array, b_RxF: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both factors with the experts' axis, where one has it."""
     lead = jnp.broadcast_shapes(a_RxD.shape[:-2], b_RxF.shape[:-2])
     return jnp.broadcast_to(a_RxD, (*lead, *a_RxD.shape[-2:])), jnp.broadcast_to(b_RxF, (*lead, *b_RxF.shape[-2:]))
 
 
-def _check_experts(config: AdapterConfig, specs: Mapping[str, SiteSpec]) -> None:
+def _check_experts(config: AdapterConfig, method: AdapterMethod, specs: Mapping[str, SiteSpec]) -> None:
     routed = [name for name, spec in specs.items() if spec.info.experts]
-    if routed and METHODS[config.method].experts is None:
+    if routed and method.experts is None:
         able = ", ".join(name for name, method in METHODS.items() if method.experts is not None)
         raise ConfigError(
             f"method={config.method!r} has no form at routed experts ({', '.join(routed)}): leave them out of the "

@@ -8,7 +8,7 @@ not once for each of its experts.
 import jax
 import jax.numpy as jnp
 
-from popax.adapters.base import ExpertMethod, Leaves
+from popax.adapters.method import ExpertMethod, Leaves
 
 
 def _own(state: Leaves) -> jax.Array:

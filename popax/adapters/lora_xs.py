@@ -3,29 +3,27 @@
 A user owns the r x r core C of each site and nothing else, and the output is linear in it.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from popax.adapters.base import AdapterConfig, AdapterMethod, IndexedSite, Leaves, SiteDims
+from popax.adapters import svd
+from popax.adapters.base import AdapterConfig
+from popax.adapters.method import AdapterMethod, IndexedSite, Leaves, SiteBase, SiteDims
 from popax.kernels.shared_core import indexed_shared_core, shared_core
 
 GAUSSIAN_STD = 1e-5  # the paper's start, section 3
 
 
-def _shared(dims: SiteDims, mask_R: jax.Array, w_DxF: jax.Array) -> Leaves:
-    """W = U S V^T, truncated: a = U_r^T, b = S_r V_r^T.
-
-    Each row of a has its largest entry positive: a decomposition leaves signs open, and a core is for one choice.
-    """
-    u_DxK, s_K, vt_KxF = jnp.linalg.svd(w_DxF.astype(jnp.float32), full_matrices=False)
-    a_RxD = u_DxK[:, : dims.rank].T
-    b_RxF = s_K[: dims.rank, None] * vt_KxF[: dims.rank]
-    peak_Rx1 = jnp.take_along_axis(a_RxD, jnp.argmax(jnp.abs(a_RxD), axis=1)[:, None], axis=1)
-    sign_Rx1 = jnp.where(peak_Rx1 < 0, -1.0, 1.0) * mask_R[:, None]
-    return {"a": a_RxD * sign_Rx1, "b": b_RxF * sign_Rx1}
+def singular_basis(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Any) -> Leaves:
+    """W = U S V^T, truncated: a = U_r^T, b = S_r V_r^T."""
+    del dims, options
+    spectrum = svd.largest(base.w_DxF, mask_R)
+    return {"a": spectrum.u_RxD, "b": spectrum.s_R[:, None] * spectrum.v_RxF}
 
 
-def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig) -> Leaves:
+def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig, options: Any) -> Leaves:
     """C = 0 ("default": exactly the base) or C ~ N(0, 1e-5^2) ("gaussian", the paper's)."""
     shape = (dims.rank, dims.rank)
     if config.init == "gaussian":
@@ -54,11 +52,13 @@ METHOD = AdapterMethod(
     name="lora_xs",
     state_axes={"core": ("rank", "rank")},
     shared_axes={"a": ("rank", "in"), "b": ("rank", "out")},
-    shared=_shared,
+    shared=singular_basis,
     init=_init,
     delta=_delta,
     indexed=_indexed,
     factors=_factors,
+    shrink=lambda state, factor: {"core": state["core"] * factor},
     inits={"default": True, "gaussian": False},
     linear=True,
+    learning_rate=4e-3,
 )

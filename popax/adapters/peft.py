@@ -47,8 +47,9 @@ def save_peft(
     (overwrite=True replaces one that holds a PEFT adapter and nothing else), where the adapter does not fit the config,
     or where it cannot be written.
     """
-    record = record_of(config, specs, base_name)
-    tensors = _tensors(Cohort(config, tuple(specs.values())), adapter, shared)
+    cohort = Cohort(config, tuple(specs.values()))
+    tensors, times = _tensors(cohort, adapter, shared)
+    record = record_of(config, specs, base_name, times)
     files = {
         CONFIG: json.dumps(record, indent=2, sort_keys=True).encode() + b"\n",
         WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
@@ -100,28 +101,38 @@ def load_peft(
     return config, jax.tree.map(jnp.asarray, adapter)
 
 
-def _tensors(cohort: Cohort, adapter: AdapterState, shared: AdapterState | None) -> Tensors:
-    """The file's tensors. Raises PeftError where the adapter's leaves are not the cohort's."""
+def _tensors(cohort: Cohort, adapter: AdapterState, shared: AdapterState | None) -> tuple[Tensors, int]:
+    """The file's tensors, and how many times the cohort's rank they have.
+
+    Raises PeftError where the adapter's leaves are not the cohort's, and where they are no LoRA.
+    """
+    if not cohort.adds:
+        raise PeftError(
+            f"method {cohort.config.method} is no LoRA: its change of a weight is no product of two factors"
+        )
     have, want = jax.tree.map(jnp.shape, adapter), jax.tree.map(lambda leaf: leaf.shape, cohort.abstract())
     if have != want:
         raise PeftError(f"the adapter does not fit its config: its leaves are {have}, the config's {want}")
     if cohort.method.shared_axes and shared is None:
         raise PeftError(f"method {cohort.method.name} is a LoRA only together with its shared arrays: pass shared=")
     tensors: Tensors = {}
+    times = 1
     for name, spec in cohort.specs.items():
         a, b = (np.asarray(factor) for factor in cohort.factors(name, adapter, shared or {}))
         a, b = (a, b) if spec.info.layers else (a[None], b[None])
+        times = a.shape[1] // spec.rank
         for layer, module in enumerate(module_names(spec.info)):
             rank = spec.ranks[layer]
-            if a[layer, rank:].any() and b[layer, rank:].any():
+            own = np.tile(np.arange(spec.rank) < rank, times)
+            if a[layer, ~own].any() and b[layer, ~own].any():
                 raise PeftError(f"{module} has rank {rank}, but the adapter's columns beyond it are not zero")
             if rank:
-                tensors[f"{PREFIX}{module}.lora_A.weight"] = a[layer, :rank]
-                tensors[f"{PREFIX}{module}.lora_B.weight"] = b[layer, :rank].T
+                tensors[f"{PREFIX}{module}.lora_A.weight"] = a[layer, own]
+                tensors[f"{PREFIX}{module}.lora_B.weight"] = b[layer, own].T
     dtype = jnp.result_type(*jax.tree.leaves(adapter))
     narrow = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
     exact = all(np.array_equal(narrow[name].astype(np.float32), tensors[name], equal_nan=True) for name in tensors)
-    return narrow if exact else {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return (narrow if exact else {name: np.ascontiguousarray(each) for name, each in tensors.items()}), times
 
 
 def _write_directory(directory: Path, files: Mapping[str, bytes], overwrite: bool) -> Path:

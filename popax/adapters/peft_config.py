@@ -10,6 +10,7 @@ from typing import Any
 
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, SiteSpec, TargetRule, resolve
 from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names, short_name
+from popax.adapters.table import method_of
 from popax.errors import ConfigError, PeftError, SiteError
 from popax.types import SiteInfo
 
@@ -82,14 +83,18 @@ def config_of(
     return config, specs
 
 
-def record_of(config: AdapterConfig, specs: Mapping[str, SiteSpec], base_name: str) -> dict[str, Any]:
-    """The adapter_config.json of a cohort's adapter, as LoRA. Raises PeftError where a site has no module name."""
+def record_of(config: AdapterConfig, specs: Mapping[str, SiteSpec], base_name: str, times: int = 1) -> dict[str, Any]:
+    """The adapter_config.json of a cohort's adapter, as LoRA. Raises PeftError where a site has no module name.
+
+    times: how many times its own rank a method's factors have.
+    """
+    own_rule = times == 1 and method_of(config).scaled
     layout: Layout = {}
     for name, spec in specs.items():
         if not module_names(spec.info):
             raise PeftError(_no_place(spec.info))
         layout[name] = tuple(
-            (rank, _lora_alpha(config, rank, scale)) if rank else NO_ADAPTER
+            (rank * times, _lora_alpha(config if own_rule else None, rank * times, scale)) if rank else NO_ADAPTER
             for rank, scale in zip(spec.ranks, spec.scales, strict=True)
         )
     adapted = [pair for layers in layout.values() for pair in layers if pair[0]]
@@ -103,9 +108,9 @@ def record_of(config: AdapterConfig, specs: Mapping[str, SiteSpec], base_name: s
         "inference_mode": True,
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "use_rslora": config.alpha_rule == "sqrt_rank",
+        "use_rslora": own_rule and config.alpha_rule == "sqrt_rank",
         "lora_dropout": config.dropout,
-        "init_lora_weights": "gaussian" if (config.method, config.init) == ("lora", "gaussian") else True,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "target_modules": sorted(_patterns(layout, infos, lambda pair: True if pair[0] else None)),
         "rank_pattern": _patterns(layout, infos, lambda pair: pair[0] if pair[0] not in (0, rank) else None),
         "alpha_pattern": _patterns(
@@ -184,9 +189,12 @@ def _patterns(layout: Layout, infos: Mapping[str, SiteInfo], value_of) -> dict[s
     return patterns
 
 
-def _lora_alpha(config: AdapterConfig, rank: int, scale: float) -> float:
-    """The alpha from which peft computes this scale: alpha/r, or alpha/sqrt(r) with use_rslora."""
-    if config.alpha_rule == "constant":
+def _lora_alpha(config: AdapterConfig | None, rank: int, scale: float) -> float:
+    """The alpha from which peft computes this scale: alpha/r, or alpha/sqrt(r) with use_rslora.
+
+    config: whose rule gave the scale, None where none did.
+    """
+    if config is None or config.alpha_rule == "constant":
         near = scale * rank
         candidates = (near, math.nextafter(near, -math.inf), math.nextafter(near, math.inf))
         return min(candidates, key=lambda alpha: abs(alpha / rank - scale))

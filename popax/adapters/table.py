@@ -1,17 +1,55 @@
 """The table of methods. A new one is its own small file and one row here; every test that loops over it follows."""
 
-from popax.adapters import lora, lora_xs
-from popax.adapters.base import AdapterConfig, AdapterMethod
+from typing import Any
+
+from popax.adapters import bias, dora, ia3, lora, lora_xs, svf, tiny_lora, vera
+from popax.adapters.base import AdapterConfig
+from popax.adapters.method import AdapterMethod
 from popax.errors import ConfigError
 
-METHODS: dict[str, AdapterMethod] = {method.name: method for method in (lora.METHOD, lora_xs.METHOD)}
+METHODS: dict[str, AdapterMethod] = {
+    method.name: method
+    for method in (
+        lora.METHOD,
+        dora.METHOD,
+        lora_xs.METHOD,
+        tiny_lora.METHOD,
+        vera.METHOD,
+        svf.METHOD,
+        ia3.METHOD,
+        bias.METHOD,
+    )
+}
+# Every row that a config can come to, by a name for it: starts and options with arrays of their own are rows too.
+ROWS: dict[str, AdapterConfig] = {
+    **{name: AdapterConfig(method=name) for name in METHODS},
+    **{f"lora/{start}": AdapterConfig(method="lora", init=start) for start in lora.STARTS},
+    "svf/renormalise": AdapterConfig(method="svf", options={"renormalise": True}),
+}
 
 
 def method_of(config: AdapterConfig) -> AdapterMethod:
-    """The row for this config. Raises ConfigError on an unknown method, or a start the method does not have."""
+    """The row for this config. Raises ConfigError on an unknown method, and on a start or option it does not have."""
     if config.method not in METHODS:
         raise ConfigError(f"method={config.method!r} is unknown; the table has {', '.join(METHODS)}")
     method = METHODS[config.method]
     if config.init not in method.inits:
         raise ConfigError(f"init={config.init!r}: {method.name} has {', '.join(method.inits)}")
-    return method
+    if config.dropout and not method.drops:
+        raise ConfigError(f"dropout={config.dropout}: no feature enters a {method.name} adapter; set dropout to 0")
+    options_of(config)
+    return method if method.variant is None else method.variant(config)
+
+
+def options_of(config: AdapterConfig) -> Any:
+    """The method's own options. Raises ConfigError on one that it does not have, or with a value it cannot take."""
+    options = METHODS[config.method].options
+    fields = options.__dataclass_fields__
+    for name, value in config.options:
+        if name not in fields:
+            known = ", ".join(f"{field.name}={field.default!r}" for field in fields.values()) or "none"
+            raise ConfigError(f"option {name!r}: {config.method} has {known}")
+        wanted = type(fields[name].default)
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(value, (wanted, int)):
+            raise ConfigError(f"option {name}={value!r}: of {config.method} it is of type {wanted.__name__}")
+    return options(**dict(config.options))

@@ -134,7 +134,7 @@ def _trace(home: Path, config: BenchResidencyConfig, say: Say) -> Figures:
 
 def _slot_row(residency: Residency, layout: Any, slot: int) -> np.ndarray:
     """What the device holds in this slot, packed."""
-    layers = {spec.info.name: bool(spec.info.layers) for spec in residency.cohort.sites}
+    layers = residency.cohort.layered
     host = jax.device_get(residency.adapters)
     return layout.pack(
         {

@@ -111,7 +111,7 @@ def _set_up(model_config: ModelConfig, config: BenchTrainConfig) -> _Setup:
         adapter=config.adapter, slots=config.users, optimizer=adamw(), early_stop=None, remat=config.remat
     )
     params = model.init(jax.random.key(config.seed))
-    shared = cohort.shared(lambda site: model.site_weight(params, site))
+    shared = cohort.shared(*model.site_arrays(params))
     settings = hparams(learning_rate=1e-3, max_steps=1 << 30, clip_norm=1.0)
     keys = jax.random.split(jax.random.key(config.seed + 1), config.users)
     state = jax.jit(lambda keys: init_population(cohort, train.optimizer, keys, settings))(keys)

@@ -29,8 +29,10 @@ COMMANDS: dict[str, str] = {
     "extract": "popax.cli.extract",
     "import": "popax.cli.import_",
     "migrate": "popax.cli.migrate",
+    "compose": "popax.cli.compose",
     "users": "popax.cli.users",
     "plan": "popax.cli.plan",
+    "methods": "popax.cli.methods",
     "bench": "popax.cli.bench",
     "report": "popax.cli.report",
 }

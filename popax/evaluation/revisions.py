@@ -13,6 +13,7 @@ from popax.errors import DataError
 from popax.evaluation.columns import EvalConfig, HeldOut, Scorer, bits_per_byte
 from popax.modeling.base import Base
 from popax.objectives.sft import sft
+from popax.population.bounds import total_norm
 from popax.serving.pool import one_cohort
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest, now
@@ -116,7 +117,7 @@ def score_revisions(
 
 def _norm(cohort: Cohort, adapter: AdapterState, shared: AdapterState) -> jax.Array:
     """||all weight updates|| (Frobenius)."""
-    return jnp.sqrt(sum(jnp.sum(norm**2) for norm in cohort.norms(adapter, shared).values()))
+    return total_norm(cohort, adapter, shared, "frobenius")
 
 
 def _squared(weight: jax.Array) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -163,6 +164,14 @@ class Model:
         In param_dtype; of a quantised weight, what its values and factors stand for.
         """
         return dense(stored_weight(flatten_named(params), self.weight_name(site)), self.config.param_dtype)
+
+    def site_bias(self, params: Params, site: str) -> jax.Array | None:
+        """The base's bias at a site, [L, d_out] or [d_out]; None where it has none."""
+        return flatten_named(params).get(self.weight_name(site).removesuffix("kernel") + "bias")
+
+    def site_arrays(self, params: Params) -> tuple[Callable[[str], jax.Array], Callable[[str], jax.Array | None]]:
+        """(weight, bias) of a site by its name: `site_weight` and `site_bias` of these params."""
+        return functools.partial(self.site_weight, params), functools.partial(self.site_bias, params)
 
     def weight_name(self, site: str) -> str:
         """The name in params of the weight at a site. Raises SiteError where there is no such site."""

@@ -19,6 +19,15 @@ class Sums(NamedTuple):
     target_bytes: jax.Array
 
 
+class BoundedSums(NamedTuple):
+    """As Sums; kl: of the distributions at the targets from the base's, in nats."""
+
+    nats: jax.Array
+    targets: jax.Array
+    target_bytes: jax.Array
+    kl: jax.Array
+
+
 class PolicySums(NamedTuple):
     """Sums over sampled targets: nats, targets, target_bytes as in Sums, of those that have a record.
 

@@ -11,6 +11,7 @@ from popax.errors import ConfigError
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat
 from popax.objectives.base import Objective, Sums
+from popax.objectives.chunks import in_chunks
 from popax.types import Adapt, AdapterState, Batch, Params
 
 
@@ -52,7 +53,7 @@ def distill(
             shown_BxCxV = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(old, shown_BxCxD, guide)))
             return jnp.sum(jnp.exp(shown_BxCxV) * (shown_BxCxV - logp_BxCxV), axis=-1)
 
-        nats_BxT = _in_chunks(jax.checkpoint(divergence), chunk, x_BxTxD, shown_BxTxD) * batch.weights_BxT
+        nats_BxT = in_chunks(divergence, chunk, x_BxTxD, shown_BxTxD) * batch.weights_BxT
         sums = Sums(
             nats=jnp.sum(nats_BxT),
             targets=jnp.sum(batch.weights_BxT),
@@ -61,18 +62,3 @@ def distill(
         return sums.nats / jnp.maximum(sums.targets, 1.0), sums
 
     return objective
-
-
-def _in_chunks(function, chunk: int, *arrays_BxTxD: jax.Array) -> jax.Array:
-    """function of so many tokens at a time, put together again [B, T]."""
-    length = arrays_BxTxD[0].shape[1]
-    if length <= chunk:
-        return function(*arrays_BxTxD)
-    missing = -length % chunk
-
-    def cut(x_BxTxD: jax.Array) -> jax.Array:
-        padded = jnp.pad(x_BxTxD, ((0, 0), (0, missing), (0, 0)))
-        return jnp.moveaxis(padded.reshape(padded.shape[0], -1, chunk, padded.shape[-1]), 1, 0)
-
-    parts_KxBxC = jax.lax.map(lambda pieces: function(*pieces), tuple(map(cut, arrays_BxTxD)))
-    return jnp.moveaxis(parts_KxBxC, 0, 1).reshape(parts_KxBxC.shape[1], -1)[:, :length]

@@ -71,7 +71,14 @@ class StepBuilder:
         batch = Batch(**{field: self._at(shape, dtype, spec) for field, dtype in dtypes.items()})
         objective = sft(self.model, remat=config.remat)
         spread = tuple(axis for axis in config.users_over if axis in self.mesh.shape)
-        step = population_step(self.cohort, objective, config.optimizer, constant(), spmd_axis_name=spread)
+        step = population_step(
+            self.cohort,
+            objective,
+            config.optimizer,
+            constant(),
+            weight=self.model.site_weight,
+            spmd_axis_name=spread,
+        )
 
         def call(base, shared, adapters, optimizer, batch):
             return step(base, shared, PopulationState(**optimizer, adapters=adapters), batch)
@@ -136,7 +143,7 @@ class StepBuilder:
         """What all users of a method share, on every replica; its leaves lie as the base weight that they are from."""
         abstract = self.model.abstract()
         shared: AdapterState = jax.eval_shape(
-            lambda params: self.cohort.shared(lambda site: self.model.site_weight(params, site)), abstract
+            lambda params: self.cohort.shared(*self.model.site_arrays(params)), abstract
         )
         axes = self.cohort.axes(shared=True)
         return {
@@ -154,7 +161,7 @@ class StepBuilder:
         for site, leaves in self.cohort.abstract().items():
             pool[site], specs[site] = {}, {}
             for name, leaf in leaves.items():
-                lead = 1 if self.cohort.specs[site].info.layers else 0
+                lead = int(self.cohort.layered[site])
                 own = axes[site][name]
                 shape = (*leaf.shape[:lead], self.config.slots, *leaf.shape[lead:])
                 specs[site][name] = rules.spec((*own[:lead], "population", *own[lead:]), self.mesh)

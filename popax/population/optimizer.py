@@ -1,7 +1,7 @@
 """Optimizers and schedules of ONE user; the population vmaps them, so state and rate are each user's own."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,15 @@ def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedu
         return jnp.minimum(warm, floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
 
     return factor
+
+
+def at_rates(updates: Any, rates: Mapping[str, float]) -> Any:
+    """updates, each leaf times the factor on its learning rate, by its name; an update is in proportion to its rate."""
+    if not rates:
+        return updates
+    return {
+        site: {name: leaf * rates.get(name, 1.0) for name, leaf in leaves.items()} for site, leaves in updates.items()
+    }
 
 
 def clip_by_global_norm(grads: Any, max_norm: jax.Array) -> tuple[Any, jax.Array]:

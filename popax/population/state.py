@@ -7,17 +7,24 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
+from popax.population.bounds import check_bounds
 from popax.population.optimizer import Optimizer
 from popax.sharding import ShardingRules
 from popax.types import AdapterState
 
 
 class HParams(NamedTuple):
-    """One user's own settings. max_steps: the user stops being active after this many steps."""
+    """One user's own settings. max_steps: the user stops being active after this many steps.
+
+    norm_budget: of the change of all weights together, which no step exceeds (popax.population.bounds). kl_weight: of
+    the divergence from the base in the loss, where the objective measures one.
+    """
 
     learning_rate: jax.Array  # float32
     clip_norm: jax.Array  # float32, inf never clips
     max_steps: jax.Array  # int32
+    norm_budget: jax.Array  # float32, inf is none
+    kl_weight: jax.Array  # float32
 
 
 class Best(NamedTuple):
@@ -51,12 +58,22 @@ class PopulationState(NamedTuple):
     best: Best | None
 
 
-def hparams(*, learning_rate: float, max_steps: int, clip_norm: float = float("inf")) -> HParams:
-    """One user's settings as arrays."""
+def hparams(
+    *,
+    learning_rate: float,
+    max_steps: int,
+    clip_norm: float = float("inf"),
+    norm_budget: float = float("inf"),
+    kl_weight: float = 0.0,
+) -> HParams:
+    """One user's settings as arrays. Raises ConfigError on a budget that is not above 0, and on a negative weight."""
+    check_bounds(norm_budget, kl_weight)
     return HParams(
         learning_rate=jnp.asarray(learning_rate, jnp.float32),
         clip_norm=jnp.asarray(clip_norm, jnp.float32),
         max_steps=jnp.asarray(max_steps, jnp.int32),
+        norm_budget=jnp.asarray(norm_budget, jnp.float32),
+        kl_weight=jnp.asarray(kl_weight, jnp.float32),
     )
 
 

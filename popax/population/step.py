@@ -4,6 +4,7 @@ No value crosses from one member to another: the base is unbatched and frozen, a
 gradient, clipping, optimizer, step count and guard.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,8 +14,10 @@ import optax
 
 from popax.adapters.apply import bind
 from popax.adapters.cohort import Cohort
-from popax.objectives.base import Objective, PolicySums, Sums
-from popax.population.optimizer import Optimizer, Schedule, clip_by_global_norm
+from popax.errors import ConfigError
+from popax.objectives.base import BoundedSums, Objective, PolicySums, Sums
+from popax.population.bounds import NormKind, check_kind, within_budget
+from popax.population.optimizer import Optimizer, Schedule, at_rates, clip_by_global_norm
 from popax.population.state import PopulationState
 from popax.types import AdapterState, Batch, Params, Rollouts
 
@@ -26,26 +29,50 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     ran: jax.Array
-    sums: Sums | PolicySums
+    sums: Sums | BoundedSums | PolicySums
 
 
 MemberStep = Callable[[Params, AdapterState, PopulationState, Batch | Rollouts], tuple[PopulationState, StepMetrics]]
 
 
-def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, schedule: Schedule) -> MemberStep:
+SiteWeight = Callable[[Params, str], jax.Array]
+
+
+def member_step(
+    cohort: Cohort,
+    objective: Objective,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    *,
+    weight: SiteWeight | None = None,
+    budget: NormKind | None = None,
+) -> MemberStep:
     """step(base, shared, member, batch) -> (member, metrics) for ONE user.
+
+    weight: `Model.site_weight`, of which some methods derive a part of their state after each step. budget: which norm
+    of the adapter stays within the user's `norm_budget` (None: no norm is looked at). Raises ConfigError where the
+    method needs what it is not given, or has no such norm.
 
     A non-finite loss or gradient leaves the member's adapter and optimizer as they were and is counted; an inactive
     member keeps every byte. The step count moves on skipped steps too, so that a poisonous batch is not met again.
     """
+
+    if cohort.method.refresh is not None and weight is None:
+        raise ConfigError(f"method={cohort.config.method!r} looks at the base's weights after a step: give weight=")
+    if budget is not None:
+        check_kind(cohort, budget)
+    rates = cohort.rates()
 
     def step(
         base: Params, shared: AdapterState, member: PopulationState, batch: Batch | Rollouts
     ) -> tuple[PopulationState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(member.rng), member.step)
 
-        def loss_of(adapter: AdapterState) -> tuple[jax.Array, Sums | PolicySums]:
-            return objective(base, bind(cohort, adapter, shared, dropout_key=key), batch)
+        def loss_of(adapter: AdapterState) -> tuple[jax.Array, Sums | BoundedSums | PolicySums]:
+            loss, sums = objective(base, bind(cohort, adapter, shared, dropout_key=key), batch)
+            if isinstance(sums, BoundedSums):
+                loss = loss + member.hparams.kl_weight * sums.kl / jnp.maximum(sums.targets, 1.0)
+            return loss, sums
 
         (loss, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(member.adapters)
         grads, grad_norm = clip_by_global_norm(grads, member.hparams.clip_norm)
@@ -53,7 +80,11 @@ def member_step(cohort: Cohort, objective: Objective, optimizer: Optimizer, sche
         # optax mixes integer counts with floats; whoever runs JAX with strict promotion keeps it everywhere else.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer(learning_rate).update(grads, member.opt_state, member.adapters)
-            adapters = optax.apply_updates(member.adapters, updates)
+            adapters = optax.apply_updates(member.adapters, at_rates(updates, rates))
+        if weight is not None:
+            adapters = cohort.refreshed(adapters, shared, functools.partial(weight, base))
+        if budget is not None:
+            adapters = within_budget(cohort, adapters, shared, member.hparams.norm_budget, budget)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         ran = member.active & finite
@@ -83,15 +114,16 @@ def population_step(
     optimizer: Optimizer,
     schedule: Schedule,
     *,
+    weight: SiteWeight | None = None,
+    budget: NormKind | None = None,
     spmd_axis_name: str | tuple[str, ...] | None = None,
 ) -> MemberStep:
     """step(base, shared, state, batch) for N users at once: `jax.vmap` of `member_step`, state and batch with N first.
 
     spmd_axis_name: the mesh axes that shard the population, so that constraints inside the model keep them.
     """
-    return jax.vmap(
-        member_step(cohort, objective, optimizer, schedule), in_axes=(None, None, 0, 0), spmd_axis_name=spmd_axis_name
-    )
+    one = member_step(cohort, objective, optimizer, schedule, weight=weight, budget=budget)
+    return jax.vmap(one, in_axes=(None, None, 0, 0), spmd_axis_name=spmd_axis_name)
 
 
 def population_loss(

@@ -27,7 +27,7 @@ class Slab:
         """sharding: of every leaf (default: the default device)."""
         self._layout = layout
         self.slots, self.updates = slots, 0
-        axes = {spec.info.name: 1 if spec.info.layers else 0 for spec in cohort.sites}
+        axes = {name: int(layered) for name, layered in cohort.layered.items()}
 
         def empty(axis: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             return jnp.zeros((*leaf.shape[:axis], slots, *leaf.shape[axis:]), leaf.dtype, device=sharding)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from popax.adapters.table import method_of
 from popax.errors import RevisionNotFoundError, ServingError
 from popax.residency import Request
 from popax.serving.pool import BASE_ONLY, parse_request
@@ -51,13 +52,22 @@ class Names:
         except RevisionNotFoundError as error:
             raise unknown(text) from error
         terms = [Term(next(manifests), weight) for request, weight in requests if request.user is not None]
+        if len(requests) > 1 or any(weight != 1.0 for _, weight in requests):
+            self._check_sum(terms)
         return Named(text, _summed(terms))
+
+    def _check_sum(self, terms: Sequence[Term]) -> None:
+        assert self._catalog is not None
+        for term in terms:
+            config = self._catalog.cohort_of(term.manifest).config
+            if method_of(config).factors is None:
+                raise ServingError(f"{config.method} adapters do not add: name one alone, without a weight")
 
     def _parts(self, tenant: str, text: str) -> list[tuple[str, float]]:
         assert self._catalog is not None
         if ("+" not in text and "*" not in text) or self._catalog.exists(self.user_of(tenant, text)):
             return [(text, 1.0)]
-        parts = [_weighted(part.strip()) for part in text.split("+")]
+        parts = [weighted(part.strip()) for part in text.split("+")]
         if len(parts) > MAX_TERMS:
             raise ServingError(f"a sum of {len(parts)} adapters: at most {MAX_TERMS}")
         return parts
@@ -75,7 +85,8 @@ def unknown(name: str) -> RevisionNotFoundError:
     return RevisionNotFoundError(f"the model {shown!r} does not exist, or is not yours")
 
 
-def _weighted(part: str) -> tuple[str, float]:
+def weighted(part: str) -> tuple[str, float]:
+    """ "0.5*user" as (user, 0.5); weight 1 where none is given. Raises ServingError on what is no such term."""
     found = _WEIGHTED.fullmatch(part)
     name, weight = (found[2], float(found[1])) if found else (part, 1.0)
     if not name or not math.isfinite(weight):

@@ -51,7 +51,7 @@ def stack_slots(cohort: Cohort, adapters: Sequence[AdapterState]) -> AdapterStat
     def at_site(name: str, axis: int) -> dict[str, jax.Array]:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=axis), *(each[name] for each in adapters))
 
-    return {name: at_site(name, 1 if spec.info.layers else 0) for name, spec in cohort.specs.items()}
+    return {name: at_site(name, int(layered)) for name, layered in cohort.layered.items()}
 
 
 def one_cohort(catalog: Catalog, manifests: Sequence[Manifest]) -> tuple[Cohort, AdapterState]:

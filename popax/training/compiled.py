@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
 from popax.modeling.model import Model
+from popax.objectives.kl import with_kl
 from popax.objectives.sft import sft
 from popax.population.continuation import continuation
 from popax.population.early_stop import observe
@@ -38,7 +39,15 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
     placement = placement or Placement(config.slots)
     objective = sft(model, remat=config.remat)
     over = AXIS if placement.blocks > 1 else None
-    step = population_step(cohort, objective, config.optimizer, config.schedule, spmd_axis_name=over)
+    step = population_step(
+        cohort,
+        with_kl(model, objective) if config.kl_weight else objective,
+        config.optimizer,
+        config.schedule,
+        weight=model.site_weight,
+        budget=config.budget,
+        spmd_axis_name=over,
+    )
     loss = population_loss(cohort, objective, spmd_axis_name=over)
     look = functools.partial(observe, config.early_stop) if config.early_stop else None
     take = functools.partial(_take, placement, config.keep_optimizer)

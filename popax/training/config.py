@@ -5,8 +5,10 @@ import dataclasses
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
 from popax.modeling.remat import Remat, check_remat
+from popax.population.bounds import NormKind, check_bounds
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
+from popax.population.state import HParams, hparams
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class TrainConfig:
     every user to the last step and keeps the last adapter. keep_optimizer: the optimizer's state of the adapter that is
     kept is committed beside it, and a user who has one goes on from there: steps are counted on, and with a schedule
     of the step alone (`constant`, `warmup_constant`) two runs give the bytes of one.
+    norm_budget, norm_kind: no step leaves a user's change of all weights larger than this, in this norm (inf: none).
+    kl_weight: of the divergence of a user's predictions from the base's, nats a target, in the loss; above 0 each step
+    costs a forward pass of the base and one more of the adapters.
     """
 
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
@@ -39,17 +44,42 @@ class TrainConfig:
     seed: int = 0
     remat: Remat = "none"
     keep_optimizer: bool = False
+    norm_budget: float = float("inf")
+    norm_kind: NormKind = "frobenius"
+    kl_weight: float = 0.0
 
     def __post_init__(self):
         for name in ("slots", "turns", "steps", "checkpoint_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
         check_remat(self.remat, "TrainConfig")
+        check_bounds(self.norm_budget, self.kl_weight)
         if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:
             raise ConfigError(
                 f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: "
                 "the rate is not negative, the others are positive (inf switches them off)"
             )
+
+    def member_settings(self, max_steps: int) -> HParams:
+        """A user's own, as arrays."""
+        return hparams(
+            learning_rate=self.learning_rate,
+            clip_norm=self.clip_norm,
+            max_steps=max_steps,
+            norm_budget=self.norm_budget,
+            kl_weight=self.kl_weight,
+        )
+
+    def recorded_settings(self) -> dict[str, float]:
+        """What a revision keeps of them; bounds where there are some."""
+        settings: dict[str, float] = {name: getattr(self, name) for name in ("learning_rate", "steps", "clip_norm")}
+        bounds = {"norm_budget": self.norm_budget} if self.budget else {}
+        return settings | bounds | ({"kl_weight": self.kl_weight} if self.kl_weight else {})
+
+    @property
+    def budget(self) -> NormKind | None:
+        """The norm that is kept within a budget, if any."""
+        return None if self.norm_budget == float("inf") else self.norm_kind
 
     @property
     def round_length(self) -> int:

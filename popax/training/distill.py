@@ -13,7 +13,7 @@ from popax.modeling.base import Base
 from popax.objectives.distill import Lesson, distill, pair
 from popax.objectives.sft import sft
 from popax.population.early_stop import observe
-from popax.population.state import HParams, PopulationState, init_member, selected_adapters
+from popax.population.state import PopulationState, init_member, selected_adapters
 from popax.population.step import population_loss, population_step
 from popax.training.config import TrainConfig
 from popax.training.members import user_key
@@ -49,7 +49,14 @@ class Distiller:
         self._target, self._data, self._config = cohorts[1], data, config
         self._group, self._batch_size = group, batch_size
         objective = distill(new.model, old.model, cohorts[0], remat=config.remat)
-        step = population_step(self._target, objective, config.optimizer, config.schedule)
+        step = population_step(
+            self._target,
+            objective,
+            config.optimizer,
+            config.schedule,
+            weight=lambda params, site: new.model.site_weight(params["student"], site),
+            budget=config.budget,
+        )
         self._step = jax.jit(step, donate_argnums=2)
         self._loss = jax.jit(population_loss(self._target, sft(new.model)))
         self._start = jax.jit(jax.vmap(self._member))
@@ -86,7 +93,7 @@ class Distiller:
 
     def _member(self, key: jax.Array, steps: jax.Array, adapter: AdapterState) -> PopulationState:
         config = self._config
-        settings = HParams(jnp.float32(config.learning_rate), jnp.float32(config.clip_norm), steps)
+        settings = config.member_settings(1)._replace(max_steps=steps)
         key, track = jax.random.wrap_key_data(key), config.early_stop is not None
         return init_member(self._target, config.optimizer, key, settings, adapter=adapter, track_best=track)
 

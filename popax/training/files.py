@@ -81,14 +81,13 @@ class RunFiles:
         self._staged = []
 
     def _revision(self, one: Finished) -> Commit:
-        settings = {name: getattr(self._config, name) for name in ("learning_rate", "steps", "clip_norm")}
         return Commit(
             one.user,
             jax.tree.map(np.asarray, one.adapter),
             parent="latest",
             metrics={name: np.asarray(value).item() for name, value in one.counters.items()},
             provenance={"data": data_provenance(self._dataset, one.user), "seed": self._config.seed},
-            hparams=settings,
+            hparams=self._config.recorded_settings(),
             run=self._run,
             optimizer=None if one.optimizer is None else jax.tree.map(np.asarray, one.optimizer),
         )
@@ -141,7 +140,7 @@ def shared_arrays(base: Base, cohort: Cohort, catalog: Catalog, mesh: Mesh | Non
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def make(params: Params) -> AdapterState:
-        return cohort.shared(lambda site: base.model.site_weight(params, site))
+        return cohort.shared(*base.model.site_arrays(params))
 
     return jax.jit(make, out_shardings=everywhere)(base.params)
 

@@ -15,7 +15,7 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import PopulationError
 from popax.population.continuation import continued
-from popax.population.state import HParams, PopulationState, hparams, init_member
+from popax.population.state import HParams, PopulationState, init_member
 from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest
@@ -88,11 +88,7 @@ class MemberSource:
         return dict(zip(parents, zip(manifests, self._rows.ask(manifests), strict=True), strict=True))
 
     def _load(self, user: str, asked: concurrent.futures.Future[dict[str, tuple[Manifest, Row]]]) -> PopulationState:
-        settings = hparams(
-            learning_rate=self._config.learning_rate,
-            clip_norm=self._config.clip_norm,
-            max_steps=self.steps_of(user),
-        )
+        settings = self._config.member_settings(self.steps_of(user))
         key = user_key(self._config.seed, user)
         found = asked.result().get(user)
         if found is None:

@@ -119,6 +119,5 @@ def keep_shared_adapter(
     stored = kept.cohort(config.adapter, cohort.specs, base.digest, layout, shared or None)
     adapter = jax.tree.map(lambda leaf: np.asarray(leaf[0]), adapters)
     provenance = {"data": together_provenance(pipeline.dataset, learners), "seed": config.seed}
-    settings = {"learning_rate": config.learning_rate, "steps": config.steps, "clip_norm": config.clip_norm}
-    kept.commit(stored, EVERYONE, adapter, provenance=provenance, hparams=settings, run=run)
+    kept.commit(stored, EVERYONE, adapter, provenance=provenance, hparams=config.recorded_settings(), run=run)
     return kept

@@ -9,7 +9,7 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
 from popax.modeling.base import Base
-from popax.population.state import hparams, init_population, selected_adapters
+from popax.population.state import init_population, selected_adapters
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
 from popax.types import AdapterState, Batch
@@ -37,7 +37,7 @@ def train_shared_adapter(
     mixed = UserPipeline(pipeline.dataset, pipeline.tokenizer, wide).mixed(users)
     cohort = Cohort.of(config.adapter, base.model.sites())
     programs = compile_programs(base.model, cohort, config)
-    settings = hparams(learning_rate=config.learning_rate, max_steps=total, clip_norm=config.clip_norm)
+    settings = config.member_settings(total)
     keys = jax.random.split(jax.random.key(config.seed), 1)
     track_best = config.early_stop is not None
     state = init_population(cohort, config.optimizer, keys, settings, track_best=track_best)

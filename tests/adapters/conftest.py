@@ -12,6 +12,7 @@ import pytest
 from popax.adapters.apply import bind
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
+from popax.adapters.table import ROWS
 from popax.types import NO_ADAPT, SiteInfo
 
 LAYERS = 3
@@ -37,27 +38,30 @@ MIXED = (
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """Two residual blocks a layer, scanned, and a head; the weights are a dict site -> [L, D, F] or [D, F]."""
+    """Two residual blocks a layer, scanned, and a head; weights: site -> [L, D, F] or [D, F]; biases: [L, F] or [F]."""
 
     sites: dict
     mixed: tuple
     weights: dict
+    biases: dict
 
-    def forward(self, weights, adapt, x_BxTxD):
-        return _forward(self, weights, adapt, x_BxTxD)
+    def forward(self, weights, adapt, x_BxTxD, biases=None):
+        return _forward(self, weights, adapt, x_BxTxD, biases)
 
-    def _forward(self, weights, adapt, x_BxTxD):
+    def _forward(self, weights, adapt, x_BxTxD, biases=None):
+        biases = self.biases if biases is None else biases
+
         def layer(h, operands):
-            own, site_fn = operands
+            (own, bias), site_fn = operands
             for inner, outer in (("attn.q_proj", "attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
                 inner, outer = f"layers.{inner}", f"layers.{outer}"
-                hidden = jnp.tanh(site_fn(h, {inner: h @ own[inner]})[inner])
-                h = h + site_fn(hidden, {outer: hidden @ own[outer]})[outer]
+                hidden = jnp.tanh(site_fn(h, {inner: _affine(h, own[inner], bias[inner])})[inner])
+                h = h + site_fn(hidden, {outer: _affine(hidden, own[outer], bias[outer])})[outer]
             return h, None
 
-        stacked = {name: weight for name, weight in weights.items() if name != "lm_head"}
+        stacked = [{name: each for name, each in tree.items() if name != "lm_head"} for tree in (weights, biases)]
         h, _ = jax.lax.scan(layer, x_BxTxD, (stacked, adapt.layers))
-        return adapt.outer(h, {"lm_head": h @ weights["lm_head"]})["lm_head"]
+        return adapt.outer(h, {"lm_head": _affine(h, weights["lm_head"], biases["lm_head"])})["lm_head"]
 
     def base(self, x):
         return self.forward(self.weights, NO_ADAPT, x)
@@ -70,7 +74,10 @@ class Toy:
     def x(self, seed=0, batch=4, tokens=5):
         return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, tokens, 12)), jnp.float32)
 
-    def cohort(self, **settings):
+    def cohort(self, row="lora", **settings):
+        """row: of the table, by its name in ROWS."""
+        config = ROWS[row]
+        settings = {"method": config.method, "init": config.init, "options": config.options} | settings
         return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": self.mixed} | settings)), self.sites)
 
     def init(self, cohort, key):
@@ -91,6 +98,10 @@ class Toy:
     __eq__ = object.__eq__
 
 
+def _affine(x_BxTxD, w_DxF, bias_F):
+    return x_BxTxD @ w_DxF + bias_F[None, None]
+
+
 # One compilation for all tests of a cohort: most of this folder's time is compiling.
 _forward = jax.jit(Toy._forward, static_argnums=0)
 _init = jax.jit(Cohort.init, static_argnums=0)
@@ -98,7 +109,7 @@ _init = jax.jit(Cohort.init, static_argnums=0)
 
 @functools.cache
 def _shared(toy, cohort):
-    return cohort.shared(toy.weights.__getitem__)
+    return cohort.shared(toy.weights.__getitem__, toy.biases.__getitem__)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -106,7 +117,8 @@ def _train_step(toy, cohort, adapter, state, x, target):
     loss = lambda adapter: jnp.mean((toy.run(cohort, adapter, x) - target) ** 2)  # noqa: E731
     with jax.numpy_dtype_promotion("standard"):  # optax's own bias correction is float ** int32
         updates, state = OPTIMIZER.update(jax.grad(loss)(adapter), state, adapter)
-    return optax.apply_updates(adapter, updates), state
+    adapter = optax.apply_updates(adapter, updates)
+    return cohort.refreshed(adapter, toy.shared(cohort), toy.weights.__getitem__), state
 
 
 @functools.cache
@@ -122,9 +134,12 @@ def _trained(toy, cohort, seed, steps):
 @pytest.fixture(scope="session")
 def toy():
     rng = np.random.default_rng(5)
-    weights = {}
+    weights, biases = {}, {}
     for name, info in SITES.items():
         lead = (info.layers,) if info.layers else ()
         weight = rng.standard_normal((*lead, info.d_in, info.d_out)) / np.sqrt(info.d_in)
         weights[name] = jnp.asarray(weight, jnp.float32)
-    return Toy(sites=SITES, mixed=MIXED, weights=weights)
+        # Half of the sites have a bias that is not zero.
+        bias = 0.1 * rng.standard_normal((*lead, info.d_out)) * (info.d_out > 12)
+        biases[name] = jnp.asarray(bias, jnp.float32)
+    return Toy(sites=SITES, mixed=MIXED, weights=weights, biases=biases)

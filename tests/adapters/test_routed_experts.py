@@ -253,7 +253,7 @@ def test_merging_and_norms_are_of_every_expert(layer):
         w = jax.random.normal(jax.random.key(1), (1, E, spec.info.d_in, spec.info.d_out))
         a, b = (np.asarray(leaf, np.float64) for leaf in (one[site]["a"][0], one[site]["b"][0]))
         delta = np.stack([(a[e] if a.ndim == 3 else a).T @ (b[e] if b.ndim == 3 else b) for e in range(E)])
-        close(cohort.merge(site, w, one, {})[0], w[0] + spec.scales[0] * delta)
+        close(cohort.merge(site, w, one, {})[0][0], w[0] + spec.scales[0] * delta)
         close(norms[site][0], spec.scales[0] * np.sqrt((delta**2).sum()))
 
 
@@ -292,7 +292,8 @@ def test_a_merged_model_has_the_adapted_models_logits():
     )
     adapted, merged = forward(params, bind(cohort, adapter, {})), params
     for site in cohort.specs:
-        merged = MODEL.with_site_weight(merged, site, cohort.merge(site, MODEL.site_weight(params, site), adapter, {}))
+        weight, _ = cohort.merge(site, MODEL.site_weight(params, site), adapter, {})
+        merged = MODEL.with_site_weight(merged, site, weight)
     np.testing.assert_allclose(adapted, forward(merged, NO_ADAPT), rtol=1e-4, atol=1e-4)
     assert np.abs(adapted - base).max() > 0.01
 

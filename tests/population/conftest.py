@@ -30,7 +30,7 @@ class Bench:
         return Cohort.of(config, self.model.sites())
 
     def shared(self, cohort: Cohort):
-        return jax.jit(lambda params: cohort.shared(lambda site: self.model.site_weight(params, site)))(self.params)
+        return jax.jit(lambda params: cohort.shared(*self.model.site_arrays(params)))(self.params)
 
 
 @pytest.fixture(scope="session")

@@ -52,13 +52,23 @@ def assert_same_bytes(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("method", METHODS)
+# An optimizer sees leaves, whatever their method: all of them with two methods, and all methods with one of them.
+COMBINATIONS = [
+    (method, name) for method in METHODS for name in OPTIMIZERS if name == "adamw" or method in ("lora", "svf")
+]
+
+
+@pytest.mark.parametrize(("method", "optimizer"), COMBINATIONS)
 def test_invariant_1_member_in_population_equals_member_alone(bench, random_batch, method, optimizer):
-    cohort, shared, state = fresh(bench, method, OPTIMIZERS[optimizer], dropout=0.1)
+    dropout = 0.1 if METHODS[method].drops else 0.0
+    cohort, shared, state = fresh(bench, method, OPTIMIZERS[optimizer], dropout=dropout)
     objective = sft(bench.model)
-    together = jax.jit(population_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine()))
-    alone = jax.jit(member_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine()))
+    together = jax.jit(
+        population_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine(), weight=bench.model.site_weight)
+    )
+    alone = jax.jit(
+        member_step(cohort, objective, OPTIMIZERS[optimizer], warmup_cosine(), weight=bench.model.site_weight)
+    )
     single = [member(state, user) for user in range(USERS)]
     for step in range(3):
         batch = random_batch(USERS, seed=step)
@@ -90,19 +100,20 @@ def test_invariant_2_no_gradient_from_one_users_tokens_to_anothers_adapter(bench
         assert any(np.asarray(leaf[user]).any() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "optimizer"), [pair for pair in COMBINATIONS if pair[1] != "adafactor"])
 def test_invariant_3_unused_slots_and_padded_columns_do_not_change(bench, random_batch, method, optimizer):
     cohort, shared, state = fresh(bench, method, OPTIMIZERS[optimizer])
     state = state._replace(active=jnp.asarray([True, False, True, True]))
-    step = jax.jit(population_step(cohort, sft(bench.model), OPTIMIZERS[optimizer], constant()))
+    step = jax.jit(
+        population_step(cohort, sft(bench.model), OPTIMIZERS[optimizer], constant(), weight=bench.model.site_weight)
+    )
     after = state
     for index in range(3):
         after, metrics = step(bench.params, shared, after, random_batch(USERS, seed=index))
     assert_same_bytes(member(after, 1), member(state, 1))
     assert not bool(metrics.ran[1])
-    for name, spec in cohort.specs.items():
-        axes = cohort.axes()[name]
+    for name, axes in cohort.axes().items():
+        spec = cohort.specs.get(name)  # None of what is tied, whose leaves have no rank
         for leaf_name, leaf in after.adapters[name].items():
             for axis, logical in enumerate(axes[leaf_name]):
                 if logical != "rank":
@@ -118,7 +129,7 @@ def test_invariant_3_unused_slots_and_padded_columns_do_not_change(bench, random
 
 def test_an_empty_slot_beside_a_user_changes_nothing(bench, random_batch):
     cohort, shared, state = fresh(bench, "lora", adamw())
-    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight))
     empty = empty_population(cohort, adamw(), USERS)
     batch = jax.tree.map(jnp.zeros_like, random_batch(USERS))
     after, metrics = step(bench.params, shared, empty, batch)
@@ -130,7 +141,7 @@ def test_an_empty_slot_beside_a_user_changes_nothing(bench, random_batch):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_users_nan_leaves_every_other_users_bytes(bench, random_batch, method):
     cohort, shared, state = fresh(bench, method, adamw())
-    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight))
     batch = random_batch(USERS)
     poisoned = state._replace(
         adapters=jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), state.adapters),
@@ -154,7 +165,7 @@ def test_each_user_has_a_learning_rate_a_clip_and_an_end_of_their_own(bench, ran
             max_steps=jnp.asarray([5, 5, 5, 1], jnp.int32),
         )
     )
-    step = jax.jit(population_step(cohort, sft(bench.model), sgd(), constant()))
+    step = jax.jit(population_step(cohort, sft(bench.model), sgd(), constant(), weight=bench.model.site_weight))
     first, metrics = step(bench.params, shared, state, random_batch(USERS))
     assert_same_bytes(member(first.adapters, 0), member(state.adapters, 0))
     moved = jax.tree.map(lambda a, b: a - b, first.adapters, state.adapters)
@@ -189,7 +200,7 @@ def test_schedule_ends_at_the_users_own_last_step():
 def test_invariants_7_and_9_no_recompilation_and_the_base_keeps_its_bytes(bench, random_batch, method):
     cohort, shared, state = fresh(bench, method, adamw())
     before = jax.tree.map(np.asarray, bench.params)
-    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight))
     for index in range(3):
         newcomer = init_member(cohort, adamw(), jax.random.key(100 + index), member(state.hparams, 0))
         state = jax.tree.map(lambda leaf, new, at=index: leaf.at[at].set(new), state, newcomer)
@@ -212,15 +223,18 @@ def test_invariant_10_no_collective_crosses_the_population_axis(bench, random_ba
     by_user = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("population")))
     everywhere = NamedSharding(mesh, PartitionSpec())
     base, common = jax.device_put((bench.params, shared), everywhere)
-    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), spmd_axis_name="population"))
+    step = jax.jit(
+        population_step(
+            cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight, spmd_axis_name="population"
+        )
+    )
     text = step.lower(base, common, sharded, by_user).compile().as_text()
     for collective in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
         assert collective not in text, f"{collective} in the population step"
     after, _ = step(base, common, sharded, by_user)
-    assert after.adapters[cohort.sites[0].info.name][
-        next(iter(cohort.axes()[cohort.sites[0].info.name]))
-    ].sharding.spec[0] == ("population")
-    unsharded, _ = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))(
-        bench.params, shared, state, batch
-    )
-    assert_close(after.adapters, unsharded.adapters, 1e-6)
+    assert all(leaf.sharding.spec[0] == "population" for leaf in jax.tree.leaves(after.adapters))
+    unsharded, _ = jax.jit(
+        population_step(cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight)
+    )(bench.params, shared, state, batch)
+    # Adam's first step is the gradient's sign where the gradient is not rounding alone.
+    assert_close(after.adapters, unsharded.adapters, 2e-6)

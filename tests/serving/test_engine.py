@@ -170,7 +170,7 @@ def test_a_sum_of_adapters_is_exact(world, engine):
             cohort, shared = Cohort(stored.config, tuple(stored.specs.values())), world.catalog.shared(stored)
             for site in cohort.specs:
                 w = world.base.model.site_weight(params, site)
-                delta = cohort.merge(site, w, jax.tree.map(np.asarray, adapter), shared) - w
+                delta = cohort.merge(site, w, jax.tree.map(np.asarray, adapter), shared)[0] - w
                 params = world.base.model.with_site_weight(params, site, w + np.float32(weight) * delta)
         prompt = prompt_of(3, 17)
         [row] = generate(world.base.model, params, [prompt], max_new_tokens=COUNT)

@@ -45,12 +45,13 @@ def test_invariant_5_a_mixed_batch_is_each_user_alone(model, params, users_of, m
     assert True in written, "the adapters are too quiet to tell"
 
 
-@every_method
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.makes_bias])
 def test_invariant_4_merged_weights_write_the_same(model, params, users_of, method):
+    """A method that gives biases to a base without any has no merged weights here: tests/adapters merges it."""
     users = users_of(method)
     merged = params
     for site in users.cohort.specs:
-        weight = users.cohort.merge(site, model.site_weight(params, site), users.adapters[1], users.shared)
+        weight, _ = users.cohort.merge(site, model.site_weight(params, site), users.adapters[1], users.shared)
         merged = model.with_site_weight(merged, site, weight)
     adapted = generate(model, params, PROMPTS, adapt=bind_batch(users, [1] * len(PROMPTS)), max_new_tokens=10)
     assert tokens(adapted) == tokens(generate(model, merged, PROMPTS, max_new_tokens=10))

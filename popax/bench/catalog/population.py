@@ -71,7 +71,7 @@ def _register(place: Path, model: ModelConfig, config: BenchCatalogConfig) -> st
     for adapter in _adapters(config):
         if _found(catalog, net, adapter, base.digest) is None:
             cohort = Cohort.of(adapter, net.sites())
-            shared = jax.tree.map(np.asarray, cohort.shared(lambda site: net.site_weight(base.params, site)))
+            shared = jax.tree.map(np.asarray, cohort.shared(*net.site_arrays(base.params)))
             layout = RowLayout.of(cohort.abstract())
             catalog.cohort(adapter, cohort.specs, base.digest, layout, shared or None)
     return base.digest

@@ -1,0 +1,58 @@
+"""(IA)^3: y' = y (1 + l), a gain of the user's on each feature that a site puts out (arXiv 2205.05638).
+
+The paper's gain on the features that enter an MLP's down projection is the one on what its up projection puts out:
+down(l * (act(gate) * up)) = down(act(gate) * (l * up)). l is kept as its difference from 1.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from popax.adapters.base import AdapterConfig
+from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteBase, SiteDims
+
+
+def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Any) -> Leaves:
+    """The size of each column of (W, bias), which a norm of the change needs."""
+    del dims, mask_R, options
+    squares_F = jnp.sum(jnp.square(base.w_DxF.astype(jnp.float32)), axis=0)
+    return {"norm": jnp.sqrt(squares_F + jnp.square(base.bias_F.astype(jnp.float32)))}
+
+
+def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig, options: NoOptions) -> Leaves:
+    del key, mask_R, config, options
+    return {"l": jnp.zeros(dims.d_out)}
+
+
+def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
+    del shared, x, drop
+    gain_F = (1.0 + scale * state["l"].astype(jnp.float32)).astype(y.dtype)
+    return y * gain_F.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _merge(
+    state: Leaves, shared: Leaves, scale: jax.Array, w_DxF: jax.Array, bias_F: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del shared
+    gain_F = 1.0 + scale * state["l"]
+    return w_DxF * gain_F[None], bias_F * gain_F
+
+
+METHOD = AdapterMethod(
+    name="ia3",
+    state_axes={"l": ("out",)},
+    shared_axes={"norm": ("out",)},
+    shared=_shared,
+    init=_init,
+    delta=_delta,
+    merge=_merge,
+    norm=lambda state, shared, scale: jnp.abs(scale) * jnp.linalg.norm(shared["norm"] * state["l"]),
+    shrink=lambda state, factor: {"l": state["l"] * factor},
+    inits={"default": True},
+    linear=True,
+    learning_rate=3e-3,
+    width=lambda rank, d_in, d_out: 1,
+    scaled=False,
+    drops=False,
+)
