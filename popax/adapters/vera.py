@@ -28,7 +28,7 @@ class Options:
 
 
 def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Options) -> Leaves:
-    """Kaiming-uniform over the matrices that all sites are cut from: bounds 1/sqrt(widest D) and 1/sqrt(R)."""
+    """Kaiming-uniform (gain sqrt 2, PEFT's) over the matrices that all sites are cut from."""
     del base
     a_key, b_key = jax.random.split(jax.random.key(options.seed))
     a = _uniform(a_key, (dims.rank, dims.widest_in), dims.widest_in)[:, : dims.d_in]
@@ -37,7 +37,7 @@ def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Options)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
-    bound = 1 / math.sqrt(fan_in)
+    bound = math.sqrt(6 / fan_in)
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
