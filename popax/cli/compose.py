@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("catalog", help="the catalog's directory or URL")
     parser.add_argument("into", help="the user whose next revision the composition is")
     parser.add_argument(
-        "terms", nargs="+", metavar="[WEIGHT*]USER[@REVISION]", help="what is combined; weight 1 if not said"
+        "terms", nargs="+", metavar="[WEIGHT*]USER[@REVISION]", help="what is combined, a negative weight after --"
     )
     parser.add_argument(
         "--how",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from popax.adapters.base import SiteSpec
+from popax.adapters.table import method_of
 from popax.errors import CatalogError, PopulationError
 from popax.store.codec import IntegerCodec, basis_label, codec_of
 from popax.store.cohort import StoredCohort
@@ -44,7 +45,8 @@ class Basis:
 def paired_sites(cohort: StoredCohort) -> list[str]:
     """The sites of the cohort whose update is one product a^T b a layer. Raises CatalogError where there are none: a
     method that shares a basis already, or experts with a factor of their own each."""
-    if cohort.config.method != "lora":
+    method = method_of(cohort.config)
+    if set(method.state_axes) != {"a", "b"} or method.shared_axes:
         raise CatalogError(
             f"method={cohort.config.method!r} has no pair of factors to share a basis; compress its rows with "
             "int8 or int4"

@@ -16,13 +16,15 @@ from popax.types import AdapterState
 
 # Different in every two revisions, and said by their names already.
 _LEFT_OUT = ("revision", "row", "shard", "created")
+NAN = float("nan")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteChange:
     """How a site's weight update W = s A^T B changed, over all its layers.
 
-    before, after: ||W||_F. change: ||W' - W||_F. cosine: <W, W'> / (||W|| ||W'||), NaN where one of them is zero.
+    before, after: ||W||_F. change: ||W' - W||_F. cosine: <W, W'> / (||W|| ||W'||), NaN where one of them is zero. A
+    method whose update is no product of factors has norms alone: change and cosine are NaN.
     """
 
     site: str
@@ -75,6 +77,12 @@ def site_changes(cohort: Cohort, shared: AdapterState, before: AdapterState, aft
 
     With W = s A^T B, <W, W'> = s^2 sum((A A'^T) * (B B'^T)).
     """
+    if not cohort.adds:
+        sizes = [cohort.norms(adapter, shared) for adapter in (before, after)]
+        norms = {name: [float(jnp.linalg.norm(each[name])) for each in sizes] for name in cohort.specs}
+        return [
+            SiteChange(site=name, before=one, after=two, change=NAN, cosine=NAN) for name, (one, two) in norms.items()
+        ]
     found = []
     for spec in cohort.sites:
         name = spec.info.name
@@ -83,7 +91,7 @@ def site_changes(cohort: Cohort, shared: AdapterState, before: AdapterState, aft
         products = [_inner(scale_L, *pair) for pair in ((one, one), (other, other), (one, other))]
         norm, norm_after = (float(np.sqrt(max(product, 0.0))) for product in products[:2])
         change = float(np.sqrt(max(products[0] + products[1] - 2 * products[2], 0.0)))
-        cosine = products[2] / (norm * norm_after) if norm * norm_after else float("nan")
+        cosine = products[2] / (norm * norm_after) if norm * norm_after else NAN
         found.append(SiteChange(site=name, before=norm, after=norm_after, change=change, cosine=cosine))
     return found
 

@@ -22,7 +22,7 @@ def reapplied(
     if not cohort.method.shared_axes:
         count = len(next(iter(next(iter(adapters_N.values())).values())))
         return {site: dict(leaves) for site, leaves in adapters_N.items()}, np.zeros(count)
-    if cohort.config.method != "lora_xs":
+    if set(cohort.method.state_axes) != {"core"}:
         raise PopulationError(
             f"method={cohort.config.method!r} shares arrays with its base, and no rule carries it to another: train "
             "the users on the new base"

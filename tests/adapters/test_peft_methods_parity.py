@@ -174,7 +174,7 @@ def test_tiny_lora_follows_the_paper_where_peft_does_not(linear, x, equal):
 
 @pytest.mark.parametrize(("start", "row"), [("pissa", "pissa"), ("olora", "olora")])
 def test_starts_that_move_pefts_base_leave_popaxs_alone(linear, x, start, row):
-    """peft subtracts s B0 A0 from the weight; the same A0 and B0 are what popax's users share, and the maps are equal."""
+    """peft subtracts s B0 A0 from the weight; popax's users share the same A0 and B0, and the maps are equal."""
     layer, run = wrapped(linear, peft.LoraConfig(r=R, lora_alpha=6, target_modules=["proj"], init_lora_weights=start))
     assert np.max(np.abs(layer.base_layer.weight.detach().numpy() - linear.module.weight.detach().numpy())) > 0.01
     a0, b0 = (jnp.asarray(getattr(layer, name)["default"].weight.detach().numpy()) for name in ("lora_A", "lora_B"))
