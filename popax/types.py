@@ -46,14 +46,18 @@ class Rollouts(NamedTuple):
     advantages_BxT: jax.Array
 
 
+# "linear": y = x W. "hidden": what a block hands on, in and out alike; it has no weight.
+SiteKind = Literal["linear", "hidden"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiteInfo:
-    """One linear map of the model where an adapter may act: y = x W, W [layers, d_in, d_out] (layers = 0: unscanned).
+    """One place of the model where an adapter may act, most often a linear map y = x W, W [layers, d_in, d_out].
 
-    axes: the logical axes of W's (d_in, d_out), from which adapter shardings are derived. first_layer: the number in
-    the model of the first of these layers; above 0 where another stack comes before. experts: above 0 where each of so
-    many experts has a matrix of its own, W [layers, experts, d_in, d_out]; hidden_side is then the side of the features
-    that all experts share, the model's hidden ones.
+    layers = 0: outside of the stacks of layers. axes: the logical axes of W's (d_in, d_out), from which the shardings
+    of adapters are derived. first_layer: the number in the model of the first of these layers; above 0 where another
+    stack comes before. experts: above 0 where each of so many experts has a matrix of its own, W [layers, experts,
+    d_in, d_out]; hidden_side is then the side of the features that all experts share, the model's hidden ones.
     """
 
     name: str
@@ -64,6 +68,7 @@ class SiteInfo:
     first_layer: int = 0
     experts: int = 0
     hidden_side: Literal["in", "out"] | None = None
+    kind: SiteKind = "linear"
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +105,7 @@ class SiteFn(Protocol):
 
     Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
     adapts(site): whether y' can differ from y there. Where it cannot, a model may do without making y.
+    hidden(site, x, positions): what a site of kind "hidden" makes of x [B, T, D], whose tokens are at these positions.
 
     The experts of a mixture are sites of another kind, since their rows are sorted by expert. expert_terms(x, (gate,
     up, down)): what adapters give before, None where they act on none of the three. after_experts(down, low, y): y
@@ -110,6 +116,8 @@ class SiteFn(Protocol):
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]: ...
 
     def adapts(self, site: str) -> bool: ...
+
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array: ...
 
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None: ...
 
@@ -158,6 +166,10 @@ class NoAdapt:
     def adapts(self, site: str) -> bool:
         del site
         return False
+
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+        del site, positions_BxT
+        return x_BxTxD
 
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> None:
         del x_BxTxD, sites

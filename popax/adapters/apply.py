@@ -80,6 +80,12 @@ class SiteAdapters:
     def adapts(self, site: str) -> bool:
         return site in self.state
 
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+        if not self.adapts(site):
+            return x_BxTxD
+        acts = self.cohort.method.acts(self.cohort.options, positions_BxT)
+        return jnp.where(acts[..., None], self(x_BxTxD, {site: x_BxTxD})[site], x_BxTxD)
+
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
         method = self.cohort.method.experts
         if method is None or not any(map(self.adapts, sites)):

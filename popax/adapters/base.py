@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from popax.errors import ConfigError, SiteError
-from popax.types import SiteInfo
+from popax.types import SiteInfo, SiteKind
 
 AlphaRule = Literal["rank", "sqrt_rank", "constant"]
 ALPHA_RULES: tuple[AlphaRule, ...] = ("rank", "sqrt_rank", "constant")
@@ -125,15 +125,20 @@ def resolve(
     *,
     width: Callable[[int, int, int], int] = lambda rank, d_in, d_out: rank,
     scaled: bool = True,
+    kind: SiteKind = "linear",
 ) -> dict[str, SiteSpec]:
     """The sites this config adapts, in the model's order.
 
     width(rank, d_in, d_out): the rank of the method's arrays, where it is not the config's. scaled: whether alpha is
-    the method's to use; its scale is 1 where not.
+    the method's to use; its scale is 1 where not. kind: of the sites that it acts on, the only ones that count; the
+    default targets are then all of them.
 
     Raises SiteError where a rule matches no site, or only sites that an earlier rule takes, or where every rule is an
     exception; ConfigError where the rank exceeds a site's dimensions.
     """
+    if kind != "linear" and config.targets == (TargetRule(pattern=ALL_LINEAR),):
+        config = dataclasses.replace(config, targets=(TargetRule(pattern=".*"),))
+    sites = {name: info for name, info in sites.items() if info.kind == kind}
     used = [False] * len(config.targets)
     specs = {}
     for name, info in sites.items():

@@ -28,6 +28,11 @@ class ChainedSites:
     def adapts(self, site: str) -> bool:
         return any(link.adapts(site) for link in self.links)
 
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+        for link in self.links:
+            x_BxTxD = link.hidden(site, x_BxTxD, positions_BxT)
+        return x_BxTxD
+
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
         found = [link for link in self.links if any(map(link.adapts, sites))]
         return found[0].expert_terms(x_BxTxD, sites) if found else None

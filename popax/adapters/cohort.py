@@ -6,7 +6,6 @@ to groups, it is {TIED: {leaf: [G, ...]}}.
 
 import dataclasses
 import functools
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from popax.adapters.base import AdapterConfig, SiteSpec, resolve
 from popax.adapters.method import TIED, AdapterMethod, SiteBase, SiteDims
 from popax.adapters.table import METHODS, method_of, options_of
+from popax.adapters.tied import groups_of
 from popax.errors import ConfigError
 from popax.types import AdapterState, SiteInfo
 
@@ -39,7 +39,7 @@ class Cohort:
         and where it ties more groups than there are sites.
         """
         method = method_of(config)
-        specs = resolve(config, sites, width=method.width, scaled=method.scaled)
+        specs = resolve(config, sites, width=method.width, scaled=method.scaled, kind=method.kind)
         _check_experts(config, method, specs)
         cohort = cls(config, tuple(specs.values()))
         if method.tied:
@@ -162,20 +162,7 @@ class Cohort:
 
     @functools.cached_property
     def _groups(self) -> dict[str, np.ndarray]:
-        """The group of each site at each layer: stretches of equal length in the order of depth, outer sites last."""
-        places = [
-            (spec.info.first_layer + layer if spec.info.layers else math.inf, index, layer)
-            for index, spec in enumerate(self.sites)
-            for layer, rank in enumerate(spec.ranks)
-            if rank
-        ]
-        count = self.options.groups
-        if count > len(places):
-            raise ConfigError(f"groups={count}: there are only {len(places)} adapted matrices to tie")
-        found = {spec.info.name: np.zeros(len(spec.ranks), np.int32) for spec in self.sites}
-        for order, (_, index, layer) in enumerate(sorted(places)):
-            found[self.sites[index].info.name][layer] = order * count // len(places)
-        return found
+        return groups_of(self.sites, self.options.groups)
 
     def refreshed(
         self, adapter: AdapterState, shared: AdapterState, weight: Callable[[str], jax.Array]
@@ -185,7 +172,12 @@ class Cohort:
             return adapter
         return adapter | {
             name: _over_layers(
-                self.method.refresh, spec, adapter[name], shared.get(name, {}), scales(spec), weight(name)
+                self.method.refresh,
+                spec,
+                adapter[name],
+                shared.get(name, {}),
+                scales(spec),
+                weight(name) if spec.info.kind == "linear" else None,
             )
             for name, spec in self.specs.items()
         }
@@ -204,6 +196,8 @@ class Cohort:
         where the base has no bias and the method makes none.
         """
         spec, method = self.specs[name], self.method
+        if method.factors is None and method.merge is None:
+            raise ConfigError(f"method={self.config.method!r} changes no weight: there is nothing to merge")
         leaves, common = self._wide(self.spread(adapter)[name]), self._wide(shared.get(name, {}))
 
         def product(w_DxF, scale, leaves, common):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
+from popax.types import SiteKind
 
 Leaves = dict[str, jax.Array]
 TIED = "tied"  # the one entry of an adapter whose leaves belong to groups of sites
@@ -106,6 +107,7 @@ class AdapterMethod(NamedTuple):
     tied: leaves belong to groups of sites (`Options.groups`), and an adapter has the one entry TIED.
     options: the dataclass of `AdapterConfig.options`.
     variant(config): the row for this config, where starts or options have arrays of their own.
+    kind: of the sites it acts on. acts(options, positions): bool, at which positions of a hidden site it does.
     rates(options): leaf -> factor on its learning rate, for those that have one.
     experts: the method at routed experts, None where it has no form there.
     """
@@ -133,6 +135,8 @@ class AdapterMethod(NamedTuple):
     tied: bool = False
     options: type = NoOptions
     variant: Callable[[AdapterConfig], "AdapterMethod"] | None = None
+    kind: SiteKind = "linear"
+    acts: Callable[[Any, jax.Array], jax.Array] = lambda options, positions: positions >= 0
     rates: Callable[[Any], Mapping[str, float]] = lambda options: {}
     experts: ExpertMethod | None = None
 

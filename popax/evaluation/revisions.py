@@ -75,7 +75,10 @@ def score_revisions(
     layout = catalog.cohort_of(manifests[0]).layout
     scorer = Scorer(sft(base.model), cohort, base.params, shared, config)
     norms = jax.jit(jax.vmap(lambda adapter: _norm(cohort, adapter, shared)))
-    squares = [_squared(base.model.site_weight(base.params, spec.info.name)) for spec in cohort.sites]
+    adapted = [spec.info for spec in cohort.sites if spec.info.kind == "linear"]
+    # What acts on hidden states has no weights of its own to be compared with: all of the base's stand for them.
+    adapted = adapted or [info for info in base.model.sites().values() if info.kind == "linear"]
+    squares = [_squared(base.model.site_weight(base.params, info.name)) for info in adapted]
     weights = float(np.sqrt(sum(squares)))
     known = None
     if retention is not None:

@@ -15,10 +15,11 @@ from popax.modeling.attention import cache_mask, packed_mask
 from popax.modeling.cache import Cache, KVCache, LatentCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.quantise_rules import QuantiseRule
-from popax.modeling.quantised import SCALES, VALUES, Quantised, dense, dotted, kernel_name, quantisable, stored_weight
+from popax.modeling.quantised import SCALES, Quantised, dense, dotted, kernel_name, quantisable, stored_weight
 from popax.modeling.remat import Remat
 from popax.modeling.rope import cos_sin
-from popax.modeling.stacks import Stack, stack_sites, stacks
+from popax.modeling.sites import site_infos
+from popax.modeling.stacks import Stack, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
@@ -137,26 +138,8 @@ class Model:
         return sum(leaf.size for name, leaf in flatten_named(self.abstract()).items() if not name.endswith(SCALES))
 
     def sites(self) -> dict[str, SiteInfo]:
-        """The linear maps an adapter may act on, in the order of the forward pass."""
-        abstract, axes = flatten_named(self.abstract()), flatten_named(self.axes())
-        found = {}
-
-        def add(site: str, layers: int, first_layer: int) -> None:
-            kernel = kernel_name(site)
-            kernel = kernel if kernel in abstract else kernel + VALUES
-            (d_in, d_out), own = abstract[kernel].shape[-2:], axes[kernel][-2:]
-            shape = {"d_in": d_in, "d_out": d_out, "axes": own}
-            if "expert" in axes[kernel]:
-                shape["experts"] = abstract[kernel].shape[-3]
-                shape["hidden_side"] = "in" if own[1] == "expert_ffw" else "out"
-            found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
-
-        for stack in self.stacks.values():
-            for site in stack_sites(self.config, stack):
-                add(site, stack.num_layers, stack.first_layer)
-        if not self.config.tied_embeddings:
-            add("lm_head", 0, 0)
-        return found
+        """Where an adapter may act, in the order of the forward pass."""
+        return site_infos(self.config, tuple(self.stacks.values()), self.abstract(), self.axes())
 
     def site_weight(self, params: Params, site: str) -> jax.Array:
         """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts.
@@ -174,10 +157,10 @@ class Model:
         return functools.partial(self.site_weight, params), functools.partial(self.site_bias, params)
 
     def weight_name(self, site: str) -> str:
-        """The name in params of the weight at a site. Raises SiteError where there is no such site."""
-        sites = self.sites()
+        """The name in params of the weight at a site. Raises SiteError where no linear map is so named."""
+        sites = [name for name, info in self.sites().items() if info.kind == "linear"]
         if site not in sites:
-            raise SiteError(f"the model has no site {site!r}; its sites are: {', '.join(sites)}")
+            raise SiteError(f"the model has no linear map {site!r}; its linear sites are: {', '.join(sites)}")
         return kernel_name(site)
 
     def with_site_weight(self, params: Params, site: str, weight: jax.Array) -> Params:

@@ -25,8 +25,13 @@ def stacks(config: ModelConfig) -> tuple[Stack, ...]:
     return (Stack(DENSE, 0, dense, False), main) if dense else (main,)
 
 
+def hidden_site(stack: Stack) -> str:
+    """The name of what a stack's blocks hand on, where an adapter may act."""
+    return f"{stack.name}.out"
+
+
 def stack_sites(config: ModelConfig, stack: Stack) -> tuple[str, ...]:
-    """The names of a stack's sites, in the order of the forward pass."""
+    """The names of a stack's linear sites, in the order of the forward pass."""
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     if config.mla is not None:
         queries = ("q_proj",) if config.mla.q_latent_dim is None else ("q_a_proj", "q_b_proj")

@@ -18,7 +18,7 @@ from popax.modeling.moe import MoE
 from popax.modeling.paged import PagedLayer
 from popax.modeling.ragged import RaggedLayer
 from popax.modeling.remat import Remat, rematerialised
-from popax.modeling.stacks import Stack
+from popax.modeling.stacks import Stack, hidden_site
 from popax.sharding import ShardingRules
 from popax.types import ROUTE_DTYPE, SiteFn
 
@@ -29,6 +29,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, stack: Stack, *, rngs: nnx.Rngs):
         # Two additions a layer: the residual stream keeps its variance at any depth (GPT-2's start).
         shrink = 1 / math.sqrt(2 * config.num_layers)
+        self.out = hidden_site(stack)
         self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
         self.attn = _attention(f"{stack.name}.attn", config, rngs, shrink)
         self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, config.param_dtype)
@@ -59,10 +60,12 @@ class Block(nnx.Module):
         attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), *reads, site_fn, cache, rules)
         x_BxTxD = x_BxTxD + attended_BxTxD
         normed_BxTxD = self.mlp_norm(x_BxTxD)
-        if not hasattr(self, "moe"):
-            return x_BxTxD + self.mlp(normed_BxTxD, site_fn), cache, None
-        y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, rules, routes_BxTxK)
-        return x_BxTxD + y_BxTxD, cache, taken_BxTxK
+        taken_BxTxK = None
+        if hasattr(self, "moe"):
+            y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, rules, routes_BxTxK)
+        else:
+            y_BxTxD = self.mlp(normed_BxTxD, site_fn)
+        return site_fn.hidden(self.out, x_BxTxD + y_BxTxD, context.positions_BxT), cache, taken_BxTxK
 
 
 def _attention(name: str, config: ModelConfig, rngs: nnx.Rngs, shrink: float) -> Attention | LatentAttention:

@@ -29,6 +29,7 @@ def usual_methods(dtype: str) -> dict[str, AdapterConfig]:
         "vera r256": {"method": "vera", "rank": 256},
         "svf": {"method": "svf"},
         "ia3": {"method": "ia3"},
+        "reft r4": {"method": "reft", "rank": 4},
         "bias": {"method": "bias"},
         "lora_xs r64": {"method": "lora_xs", "rank": 64},
         "lora_xs r16": {"method": "lora_xs", "rank": 16},

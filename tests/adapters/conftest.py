@@ -12,7 +12,7 @@ import pytest
 from popax.adapters.apply import bind
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
-from popax.adapters.table import ROWS
+from popax.adapters.table import METHODS, ROWS
 from popax.types import NO_ADAPT, SiteInfo
 
 LAYERS = 3
@@ -28,6 +28,13 @@ SITES = {
     name: SiteInfo(name=name, d_in=d_in, d_out=d_out, layers=0 if name == "lm_head" else LAYERS, axes=axes)
     for name, (d_in, d_out, axes) in DIMS.items()
 }
+HIDDEN = SiteInfo(name="layers.out", d_in=12, d_out=12, layers=LAYERS, axes=("embed", "embed"), kind="hidden")
+# Of a method for hidden states: mixed ranks, and a layer left out.
+MIXED_HIDDEN = (
+    TargetRule(pattern=r"layers\.1\.out", rank=2),
+    TargetRule(pattern=r"layers\.2\.out", rank=0),
+    TargetRule(pattern=r"layers\.out"),
+)
 MIXED = (
     TargetRule(pattern=r"layers\.1\.attn\..*", rank=2, alpha=3.0),
     TargetRule(pattern=r"layers\.2\.mlp\.up_proj", rank=0),
@@ -50,6 +57,7 @@ class Toy:
 
     def _forward(self, weights, adapt, x_BxTxD, biases=None):
         biases = self.biases if biases is None else biases
+        positions_BxT = jnp.broadcast_to(jnp.arange(x_BxTxD.shape[1])[None], x_BxTxD.shape[:2])
 
         def layer(h, operands):
             (own, bias), site_fn = operands
@@ -57,7 +65,7 @@ class Toy:
                 inner, outer = f"layers.{inner}", f"layers.{outer}"
                 hidden = jnp.tanh(site_fn(h, {inner: _affine(h, own[inner], bias[inner])})[inner])
                 h = h + site_fn(hidden, {outer: _affine(hidden, own[outer], bias[outer])})[outer]
-            return h, None
+            return site_fn.hidden("layers.out", h, positions_BxT), None
 
         stacked = [{name: each for name, each in tree.items() if name != "lm_head"} for tree in (weights, biases)]
         h, _ = jax.lax.scan(layer, x_BxTxD, (stacked, adapt.layers))
@@ -77,8 +85,9 @@ class Toy:
     def cohort(self, row="lora", **settings):
         """row: of the table, by its name in ROWS."""
         config = ROWS[row]
+        targets = self.mixed if METHODS[config.method].kind == "linear" else MIXED_HIDDEN
         settings = {"method": config.method, "init": config.init, "options": config.options} | settings
-        return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": self.mixed} | settings)), self.sites)
+        return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": targets} | settings)), self.sites)
 
     def init(self, cohort, key):
         return _init(cohort, key)
@@ -142,4 +151,4 @@ def toy():
         # Half of the sites have a bias that is not zero.
         bias = 0.1 * rng.standard_normal((*lead, info.d_out)) * (info.d_out > 12)
         biases[name] = jnp.asarray(bias, jnp.float32)
-    return Toy(sites=SITES, mixed=MIXED, weights=weights, biases=biases)
+    return Toy(sites=SITES | {HIDDEN.name: HIDDEN}, mixed=MIXED, weights=weights, biases=biases)

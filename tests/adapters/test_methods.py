@@ -47,7 +47,10 @@ def _dense_deltas(toy, cohort, adapter):
             change = cohort.method.delta(state, own, scale, probes, y, lambda x: x) - y
             return jnp.concatenate((change[:-1] - change[-1:], change[-1:]))
 
-        operands = (seen[name], shared.get(name, {}), scales(spec), toy.weights[name], toy.biases[name])
+        # A hidden site hands on what it is given.
+        identity = (jnp.eye(info.d_in)[None].repeat(info.layers, 0), jnp.zeros((info.layers, info.d_out)))
+        base = (toy.weights[name], toy.biases[name]) if info.kind == "linear" else identity
+        operands = (seen[name], shared.get(name, {}), scales(spec), *base)
         dense[name] = jax.vmap(one)(*operands) if info.layers else one(*operands)
     return dense
 
@@ -72,6 +75,10 @@ def test_output_is_the_merged_weights_output(toy, row, rule):
         return
     cohort, trained = toy.cohort(row=row, alpha_rule=rule, alpha=1.5), toy.cohort(row=row)
     adapter, shared = toy.trained(trained), toy.shared(cohort)
+    if cohort.method.kind != "linear":
+        with pytest.raises(ConfigError, match="changes no weight"):
+            cohort.merge(cohort.sites[0].info.name, toy.weights["lm_head"], adapter, shared)
+        return
     merged, biases = dict(toy.weights), dict(toy.biases)
     for name in cohort.specs:
         merged[name], biases[name] = cohort.merge(name, toy.weights[name], adapter, shared, toy.biases[name])
@@ -87,13 +94,16 @@ def test_merge_and_norms_are_the_dense_deltas(toy, row):
     assert set(norms) == set(cohort.specs)
     for name, dense in _dense_deltas(toy, cohort, adapter).items():
         np.testing.assert_allclose(norms[name], np.linalg.norm(dense, axis=(-2, -1)), rtol=1e-4, atol=1e-6)
+        if cohort.method.kind != "linear":
+            continue
         merged, bias = cohort.merge(name, toy.weights[name], adapter, shared, toy.biases[name])
         np.testing.assert_allclose(merged - toy.weights[name], dense[..., :-1, :], rtol=1e-5, atol=2e-6)
         np.testing.assert_allclose(bias - toy.biases[name], dense[..., -1, :], rtol=1e-5, atol=2e-6)
-    assert float(norms["layers.mlp.up_proj"][2]) == 0.0  # the exception
+    exception = "layers.mlp.up_proj" if cohort.method.kind == "linear" else "layers.out"
+    assert float(norms[exception][2]) == 0.0
     if not cohort.adds:
         with pytest.raises(ConfigError, match=cohort.config.method):
-            cohort.factors("lm_head", adapter, shared)
+            cohort.factors(cohort.sites[-1].info.name, adapter, shared)
         return
     a, b = cohort.factors("lm_head", adapter, shared)
     np.testing.assert_allclose(a.T @ b * scales(cohort.specs["lm_head"]), dense[:-1], rtol=1e-5, atol=2e-6)
@@ -107,6 +117,8 @@ def test_bfloat16_adapters_apply_merge_and_measure(toy, row):
     np.testing.assert_allclose(toy.run(narrow, rounded, toy.x()), toy.run(wide, back, toy.x()), rtol=1e-5, atol=1e-5)
     for name, norm in narrow.norms(rounded, shared).items():
         np.testing.assert_allclose(norm, wide.norms(back, shared)[name], rtol=1e-6)
+        if narrow.method.kind != "linear":
+            continue
         merged, bias = narrow.merge(name, toy.weights[name].astype(jnp.bfloat16), rounded, shared)
         assert merged.dtype == jnp.bfloat16
         assert (bias is not None) == narrow.method.makes_bias
@@ -240,7 +252,8 @@ def test_a_method_without_dropout_says_so(toy, row):
 
 def test_only_outer_or_only_layered_sites(toy, row):
     """A cohort without layered sites still goes through the layer scan, as does one without outer sites."""
-    for targets in (("lm_head",), (r"layers\.0\.attn\.q_proj",)):
+    kinds = {"linear": (("lm_head",), (r"layers\.0\.attn\.q_proj",)), "hidden": ((r"layers\.0\.out",),)}
+    for targets in kinds[method_of(ROWS[row]).kind]:
         cohort = toy.cohort(row=row, targets=targets)
         adapter, shared = toy.trained(cohort), toy.shared(cohort)
         slots = bind_slots(cohort, _pool([adapter], cohort), shared, jnp.asarray([0, -1, 0, 0]))
