@@ -94,7 +94,9 @@ def base_only(model: Model, *, remat: Remat = "none") -> Callable[[Params, jax.A
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setup:
+class Setup:
+    """A population of fresh users, their tokens, and the programs of a run."""
+
     config: BenchTrainConfig
     model: Model
     programs: Programs
@@ -104,7 +106,8 @@ class _Setup:
     batch: Batch
 
 
-def _set_up(model_config: ModelConfig, config: BenchTrainConfig) -> _Setup:
+def set_up(model_config: ModelConfig, config: BenchTrainConfig) -> Setup:
+    """Random weights, users and tokens; nothing is compiled that a run would not compile."""
     model = Model(model_config)
     cohort = Cohort.of(config.adapter, model.sites())
     train = TrainConfig(
@@ -116,10 +119,11 @@ def _set_up(model_config: ModelConfig, config: BenchTrainConfig) -> _Setup:
     keys = jax.random.split(jax.random.key(config.seed + 1), config.users)
     state = jax.jit(lambda keys: init_population(cohort, train.optimizer, keys, settings))(keys)
     batch = random_batch(config, model_config.vocab_size, config.users)
-    return _Setup(config, model, compile_programs(model, cohort, train), params, shared, state, batch)
+    return Setup(config, model, compile_programs(model, cohort, train), params, shared, state, batch)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Of one call, until what it gives is there."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -130,7 +134,7 @@ def _measure(runners: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], d
     seconds, processor_seconds = {}, {}
     for name, run in runners.items():
         before = time.process_time()
-        seconds[name] = _seconds(run)
+        seconds[name] = seconds_of(run)
         processor_seconds[name] = time.process_time() - before
     return seconds, processor_seconds
 
@@ -139,7 +143,7 @@ def bench_train(
     model_config: ModelConfig, config: BenchTrainConfig, progress: Callable[[str], None] = lambda line: None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(figures, rows) of design.md section 9: medians over rounds in which the three programs take turns."""
-    setup = _set_up(model_config, config)
+    setup = set_up(model_config, config)
     tokens = config.users * config.batch_size * config.seq_len
     progress(f"{setup.model.num_params / 1e6:.1f}M parameters, {config.users} users, {tokens} tokens a step")
     embedded = jax.jit(setup.model.embed)(setup.params, setup.batch.tokens_BxT)
@@ -147,7 +151,7 @@ def bench_train(
     runners = _Runners(setup, embedded, plain)
     first = {}
     for name, run in runners.table().items():
-        first[name] = _seconds(run)
+        first[name] = seconds_of(run)
         progress(f"first call, with compilation: {name} {first[name]:.1f} s")
     runners.change_users()  # compiles what seats a user, once
     rounds: list[dict[str, float]] = []
@@ -189,7 +193,7 @@ def bench_train(
 class _Runners:
     """The three programs on the same tokens; the population's state is donated and replaced at each call."""
 
-    def __init__(self, setup: _Setup, embedded: jax.Array, plain: Callable[..., jax.Array]):
+    def __init__(self, setup: Setup, embedded: jax.Array, plain: Callable[..., jax.Array]):
         self._setup, self._embedded, self._plain = setup, embedded, plain
         self.state = setup.state
         self._alone = [_one_user(setup.state, user) for user in range(setup.config.users)]
@@ -255,10 +259,10 @@ def bench_toy(seed: int = 0, repeats: int = 5, progress: Callable[[str], None] =
     """The toy that other JAX servers were timed on: hidden 64, 2 layers, rank 8, 4 x 64 tokens an adapter, float32."""
     measured = {}
     for users in (64, 256):
-        setup = _set_up(TOY, BenchTrainConfig(users=users, batch_size=4, seq_len=64, seed=seed))
+        setup = set_up(TOY, BenchTrainConfig(users=users, batch_size=4, seq_len=64, seed=seed))
         runners = _Runners(setup, jnp.zeros(()), lambda *_: jnp.zeros(()))
-        first = _seconds(runners._population)
-        step = min(_seconds(runners._population) for _ in range(repeats))
+        first = seconds_of(runners._population)
+        step = min(seconds_of(runners._population) for _ in range(repeats))
         peak = program_bytes(setup.programs.step, setup.params, setup.shared, runners.state, setup.batch)
         measured[users] = (first, step, peak)
         progress(f"toy, {users} adapters: first step {first:.2f} s, step {step:.3f} s, {peak / 1e6:.0f} MB")

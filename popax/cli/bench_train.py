@@ -10,7 +10,8 @@ NAME = "train"
 HELP = "Time the population step against base-only forward + input gradient, and against the users one by one."
 EXAMPLE = (
     "popax bench train --gin_file configs/models/bench_25m.gin --json bench_train.json\n"
-    "  popax bench train --toy --json toy.json"
+    "  popax bench train --toy --json toy.json\n"
+    "  popax bench train --methods lora lora_xs svf --users 4096 --json methods_train.json"
 )
 
 
@@ -19,6 +20,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--toy", action="store_true", help="also the toy that other servers were timed on, at 64 and 256 adapters"
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="time a step of each of these methods instead, in turns, at BenchTrainConfig.adapter's rank and targets "
+        "(lora is what the others are compared with); on the toy model where no other is given",
+    )
+    parser.add_argument("--users", type=int, help="of --methods: the population (4096)")
     add_json(parser)
 
 
@@ -30,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
     door = open_door(args)
     config = door.build(BenchTrainConfig)
     named = args.gin_file or args.gin_param
-    model = door.build(ModelConfig) if named or not args.toy else TOY
+    model = door.build(ModelConfig) if named or not (args.toy or args.methods) else TOY
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if args.methods:
+        return _methods(args, model, config, say)
     # The toy first: its first step is timed in a process that has compiled nothing yet.
     toy = bench_toy(progress=say) if args.toy else {}
     figures, rows = bench_train(model, config, progress=say)
@@ -45,4 +56,25 @@ def run(args: argparse.Namespace) -> int:
         write_report(
             args.json, name="bench train", config={"model": model, "bench": config}, figures=figures, rows=rows
         )
+    return 0
+
+
+def _methods(args: argparse.Namespace, model, config, say) -> int:
+    import dataclasses
+
+    from popax.bench.report import write_report
+    from popax.bench.train_methods import bench_methods
+
+    config = dataclasses.replace(config, users=args.users or 4096, batch_size=1, seq_len=min(config.seq_len, 64))
+    adapters = {name: dataclasses.replace(config.adapter, method=name) for name in args.methods}
+    figures, rows = bench_methods(model, config, adapters, progress=say)
+    for row in rows:
+        sizes = f"state {row['state_bytes'] / 1e6:,.0f} MB, program {row['program_bytes'] / 1e6:,.0f} MB"
+        print(
+            f"{row['method']:12s} {row['parameters_per_user']:8,d} numbers a user, "
+            f"{row['microseconds_per_user']:8.1f} us a user and step, {row['over_lora']:.2f} of lora's, {sizes}"
+        )
+    if args.json:
+        record = {"model": model, "bench": config, "methods": list(adapters)}
+        write_report(args.json, name="bench train methods", config=record, figures=figures, rows=rows)
     return 0

@@ -33,6 +33,7 @@ def usual_methods(dtype: str) -> dict[str, AdapterConfig]:
         "bias": {"method": "bias"},
         "lora_xs r64": {"method": "lora_xs", "rank": 64},
         "lora_xs r16": {"method": "lora_xs", "rank": 16},
+        "conditioned r16": {"method": "conditioned", "rank": 16},
         "tiny_lora 64 groups": {"method": "tiny_lora", "rank": 2, "options": {"groups": 64}},
         "tiny_lora": {"method": "tiny_lora", "rank": 2},
     }

@@ -219,13 +219,16 @@ def test_shapes_and_axes_agree(toy, row):
     for tree, axes in ((state, cohort.axes()), (shared, cohort.axes(shared=True))):
         assert {name: set(leaves) for name, leaves in tree.items()} == {name: set(own) for name, own in axes.items()}
         for name, leaves in tree.items():
-            sizes = {"groups": 1, "vector": 13}  # of tiny_lora
+            sizes = {"groups": 1}
+            vectors = {"v": (13,), "p": (13,), "traits": (16,), "w1": (64, 16), "w2": (64,)}  # of no site's own size
             if name in toy.sites:
                 info = toy.sites[name]
                 sizes |= {"layers": info.layers, "rank": cohort.specs[name].rank}
                 sizes |= {info.axes[0]: info.d_in, info.axes[1]: info.d_out}
             for leaf, array in leaves.items():
-                assert array.shape == tuple(sizes[axis] for axis in axes[name][leaf])
+                free = iter(vectors.get(leaf, ()))
+                wanted = tuple(next(free) if axis == "vector" else sizes[axis] for axis in axes[name][leaf])
+                assert array.shape == wanted
 
 
 def test_shared_arrays_are_the_same_each_time(toy, row):
