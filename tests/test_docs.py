@@ -21,7 +21,7 @@ KERNELS = ("kernels_slots", "kernels_tpu_v5e", "kernels_grouped_v5e", "kernels_c
 LOADING = ("load_8b", "load_warm", "load_together")
 
 
-@pytest.mark.parametrize("name", [*KERNELS, *LOADING, "quantised_tinystories", "quantised_demo"])
+@pytest.mark.parametrize("name", [*KERNELS, *LOADING, "quantised_tinystories", "quantised_demo", "train_methods"])
 def test_the_tables_with_rows_are_the_commands_output(tmp_path, name):
     output = tmp_path / "kernels.md"
     assert main(["report", str(BENCHMARKS / f"{name}.json"), "--rows", "600", "--output", str(output)]) == 0

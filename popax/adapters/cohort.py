@@ -201,7 +201,7 @@ class Cohort:
         leaves, common = self._wide(self.spread(adapter)[name]), self._wide(shared.get(name, {}))
 
         def product(w_DxF, scale, leaves, common):
-            a_RxD, b_RxF = _each_expert(*method.factors(leaves, common))
+            a_RxD, b_RxF = self._factors(leaves, common)
             return w_DxF.astype(jnp.float32) + scale * jnp.matmul(a_RxD.mT, b_RxF, precision=EXACT)
 
         with jax.default_matmul_precision("highest"):
@@ -220,7 +220,7 @@ class Cohort:
         """
 
         def product(leaves, common, scale):
-            a_RxD, b_RxF = _each_expert(*self.method.factors(leaves, common))
+            a_RxD, b_RxF = self._factors(leaves, common)
             aa_RxR, bb_RxR = (jnp.matmul(each, each.mT, precision=EXACT) for each in (a_RxD, b_RxF))
             return jnp.abs(scale) * jnp.sqrt(jnp.maximum(jnp.sum(aa_RxR * bb_RxR), 0.0))
 
@@ -247,6 +247,13 @@ class Cohort:
         """Factors on the learning rates of leaves, by their names, where they are not 1."""
         return {leaf: rate for leaf, rate in self.method.rates(self.options).items() if rate != 1.0}
 
+    def _factors(self, leaves: dict[str, jax.Array], common: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """A and B of one layer, both with the experts' axis where one has it."""
+        assert self.method.factors is not None
+        a_RxD, b_RxF = self.method.factors(leaves, common)
+        lead = jnp.broadcast_shapes(a_RxD.shape[:-2], b_RxF.shape[:-2])
+        return jnp.broadcast_to(a_RxD, (*lead, *a_RxD.shape[-2:])), jnp.broadcast_to(b_RxF, (*lead, *b_RxF.shape[-2:]))
+
     def _wide(self, tree: Any) -> Any:
         """What is merged or measured is computed once and kept: float32 whatever the adapter's own dtype is."""
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
@@ -264,12 +271,6 @@ def scales(spec: SiteSpec) -> jax.Array:
 
 def _over_layers(one: Callable[..., Any], spec: SiteSpec, *operands: Any) -> Any:
     return jax.vmap(one)(*operands) if spec.info.layers else one(*operands)
-
-
-def _each_expert(a_RxD: jax.Array, b_RxF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both factors with the experts' axis, where one has it."""
-    lead = jnp.broadcast_shapes(a_RxD.shape[:-2], b_RxF.shape[:-2])
-    return jnp.broadcast_to(a_RxD, (*lead, *a_RxD.shape[-2:])), jnp.broadcast_to(b_RxF, (*lead, *b_RxF.shape[-2:]))
 
 
 def _check_experts(config: AdapterConfig, method: AdapterMethod, specs: Mapping[str, SiteSpec]) -> None:

@@ -6,7 +6,7 @@ gradient, clipping, optimizer, step count and guard.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def member_step(
         # optax mixes integer counts with floats; whoever runs JAX with strict promotion keeps it everywhere else.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer(learning_rate).update(grads, member.opt_state, member.adapters)
-            adapters = optax.apply_updates(member.adapters, at_rates(updates, rates))
+            adapters: Any = optax.apply_updates(member.adapters, at_rates(updates, rates))
         if weight is not None:
             adapters = cohort.refreshed(adapters, shared, functools.partial(weight, base))
         if budget is not None:

@@ -78,7 +78,7 @@ def test_invariant_1_member_in_population_equals_member_alone(bench, random_batc
             assert_close(member(metrics, user), own, 1e-5)
     # Sign-like updates (lion, early adam) turn rounding into steps of the learning rate: the tolerance is that of fp32.
     for user in range(USERS):
-        assert_close(member(state, user).adapters, single[user].adapters, 1e-6)
+        assert_close(member(state, user).adapters, single[user].adapters, 2e-6)
         assert int(member(state, user).step) == 3
 
 

@@ -77,3 +77,25 @@ def test_bad_input_is_one_line(users, place, capsys, arguments, words):
     assert words in said
     assert said.startswith("error: ")
     assert not Catalog.open(place).exists("blend")
+
+
+def test_interference_of_all_users(users, place, tmp_path, capsys):
+    told, matrix = tmp_path / "told.json", tmp_path / "cosine.npy"
+    assert main(["users", "interference", str(place), "--json", str(told), "--matrix", str(matrix)]) == 0
+    names = ["0.5*odd", "ada", "bob"]
+    flat = np.stack([np.concatenate([w.ravel() for w in dense(users, user).values()]) for user in names])
+    want = flat @ flat.T / np.outer(*[np.linalg.norm(flat, axis=1)] * 2)
+    np.testing.assert_allclose(np.load(matrix), want, atol=1e-5)
+    report = json.loads(told.read_text())
+    assert report["figures"]["users"] == 3
+    first = report["rows"][0]
+    assert abs(first["cosine"]) == pytest.approx(np.max(np.abs(want - np.eye(3))), abs=1e-5)
+    assert "3 users in" in capsys.readouterr().out
+
+
+def test_interference_needs_two_of_one_cohort(users, specs, layout, config, make_adapter, place, capsys):
+    assert main(["users", "interference", str(place), "--prefix", "ada"]) == 2
+    assert "at least two" in capsys.readouterr().err
+    users.commit(users.cohort(config, specs, "base-b", layout), "eve", make_adapter(9))
+    assert main(["users", "interference", str(place)]) == 2
+    assert "--cohort" in capsys.readouterr().err

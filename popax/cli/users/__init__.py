@@ -16,6 +16,7 @@ COMMANDS = {
     "tainted": "popax.cli.users.tainted",
     "verify": "popax.cli.users.verify",
     "compress": "popax.cli.users.compress",
+    "interference": "popax.cli.users.interference",
     "gc": "popax.cli.users.gc",
     "stat": "popax.cli.users.stat",
     "export": "popax.cli.users.export",
