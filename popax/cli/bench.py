@@ -7,6 +7,7 @@ EXAMPLE = "popax bench train --gin_file configs/models/bench_25m.gin --json benc
 COMMANDS = {
     "catalog": "popax.cli.bench_catalog",
     "compression": "popax.cli.bench_compression",
+    "curve": "popax.cli.bench_curve",
     "kernels": "popax.cli.bench_kernels",
     "load": "popax.cli.bench_load",
     "quantised": "popax.cli.bench_quantised",

@@ -58,6 +58,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.compression:BenchCompressionConfig",
     "popax.bench.serve.config:BenchServeConfig",
     "popax.bench.serve.soak:BenchSoakConfig",
+    "popax.bench.curve.config:CurveConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",
