@@ -37,6 +37,10 @@ class Added:
     def outer(self) -> "Added":
         return Added({})
 
+    def hidden(self, site, x_BxTxD, positions_BxT):
+        del positions_BxT
+        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+
     def adapts(self, site: str) -> bool:
         return site in self.weights
 

@@ -36,6 +36,10 @@ class Scaled:
         del x
         return {site: y * self.factor if site == self.site else y for site, y in ys.items()}
 
+    def hidden(self, site, x_BxTxD, positions_BxT):
+        del positions_BxT
+        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+
     def adapts(self, site):
         return site == self.site
 

@@ -43,6 +43,10 @@ class Shift:
     def adapts(self, site):
         return site in self.amounts
 
+    def hidden(self, site, x_BxTxD, positions_BxT):
+        del positions_BxT
+        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+
     def expert_terms(self, x_BxTxD, sites):
         """Features of rank 1 that are the amount, or nothing, and factors of ones."""
         given = [site in self.amounts for site in sites]
@@ -234,7 +238,8 @@ def test_vmap_over_users_keeps_the_base_unbatched(tiny):
 def test_site_weights_are_read_and_replaced(tiny):
     before, tokens = digest_params(tiny.params), tiny.tokens(2, 12)
     base = tiny.forward(tiny.params, tokens)
-    for name, info in tiny.model.sites().items():
+    linear = {name: info for name, info in tiny.model.sites().items() if info.kind == "linear"}
+    for name, info in linear.items():
         weight = tiny.model.site_weight(tiny.params, name)
         assert weight.shape == ((info.layers,) if info.layers else ()) + (info.d_in, info.d_out)
         merged = tiny.model.with_site_weight(tiny.params, name, weight + 1)
@@ -242,10 +247,17 @@ def test_site_weights_are_read_and_replaced(tiny):
         assert jax.tree.structure(merged) == jax.tree.structure(tiny.params)
         assert not np.array_equal(tiny.forward(merged, tokens), base), name
     assert digest_params(tiny.params) == before  # invariant 9
-    with pytest.raises(SiteError, match=r"layers\.attn\.qkv_proj.*its sites are: layers\.attn\.q_proj"):
+    with pytest.raises(SiteError, match=r"layers\.attn\.qkv_proj.*its linear sites are: layers\.attn\.q_proj"):
         tiny.model.site_weight(tiny.params, "layers.attn.qkv_proj")
     with pytest.raises(SiteError, match=r"\(3, 32, 32\); it cannot become \(3, 32, 31\)"):
         tiny.model.with_site_weight(tiny.params, "layers.attn.q_proj", jnp.zeros((3, 32, 31)))
+
+
+def test_what_a_block_hands_on_is_a_site_without_a_weight(tiny):
+    info = tiny.model.sites()["layers.out"]
+    assert (info.kind, info.d_in, info.d_out, info.layers) == ("hidden", 32, 32, 3)
+    with pytest.raises(SiteError, match=r"no linear map 'layers\.out'"):
+        tiny.model.site_weight(tiny.params, "layers.out")
 
 
 def test_no_adapt_is_bitwise_the_model_without_one(family):
