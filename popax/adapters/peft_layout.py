@@ -18,7 +18,7 @@ NO_ADAPTER = (0, 0.0)
 
 def module_names(info: SiteInfo) -> list[str]:
     """transformers' module name of a site at each layer; empty where a site has none that peft could adapt."""
-    if info.name.endswith(".router") or info.experts:  # modules of their own kinds there, no linear ones
+    if info.kind != "linear" or info.name.endswith(".router") or info.experts:  # no linear modules
         return []
     if not info.layers:
         return ["lm_head"] if info.name == "lm_head" else []

@@ -88,3 +88,24 @@ def test_lora_xs_gaussian_start_is_the_papers():
     assert core.shape == (100, 100)
     np.testing.assert_allclose(np.std(core), 1e-5, rtol=0.05)
     assert _one_site(300, 300, method="lora_xs", rank=100).num_params == 100 * 100
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora", "olora_tail", "mica"])
+def test_starts_from_the_bases_own_factors(init):
+    """What users share, against numpy: the product A0^T B0; a fresh adapter is zeros."""
+    w = np.random.default_rng(2).standard_normal((9, 7)).astype(np.float32)
+    cohort = _one_site(9, 7, rank=3, alpha=6.0, init=init)
+    shared = {name: np.float64(leaf) for name, leaf in cohort.shared(lambda name: jnp.asarray(w))["lm_head"].items()}
+    assert not any(np.any(leaf) for leaf in cohort.init(jax.random.key(0))["lm_head"].values())
+    u, s, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    if init == "mica":  # one span of the smallest vectors on the output's side
+        np.testing.assert_allclose(shared["b"].T @ shared["b"], vt[-3:].T @ vt[-3:], atol=1e-4)
+        return
+    q, r = np.linalg.qr(w.T.astype(np.float64))
+    want = {
+        "pissa": (u[:, :3] * s[:3]) @ vt[:3] / 2.0,  # the scale is alpha / rank = 2
+        "milora": (u[:, -3:] * s[-3:]) @ vt[-3:] / 2.0,
+        "olora": (q[:, :3] @ r[:3]).T,
+        "olora_tail": u[:, -3:] @ vt[-3:],
+    }[init]
+    np.testing.assert_allclose(shared["a"].T @ shared["b"], want, atol=1e-4)

@@ -234,7 +234,7 @@ def test_a_base_is_known_without_loading_it(tiny, directory, saved, monkeypatch)
     for place, info in opened.items():
         base = loaded[place]
         assert (info.model, info.digest, info.source) == (base.model, base.digest, base.source)
-        with pytest.raises(SiteError, match="no site 'elsewhere'"):
+        with pytest.raises(SiteError, match="no linear map 'elsewhere'"):
             info.site_weight("elsewhere")
     with pytest.raises(CheckpointError, match=r"nowhere is not a directory with config\.json"):
         open_base(directory / "nowhere")

@@ -9,6 +9,7 @@ import pytest
 
 from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
+from popax.adapters.table import METHODS
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.types import Batch
@@ -25,7 +26,9 @@ class Bench:
 
     def cohort(self, method: str, **changes) -> Cohort:
         # Rank 3 in layer 0 and 2 elsewhere: padded columns exist in every test.
-        targets = (TargetRule(pattern=r"layers\.0\..*q_proj", rank=3), TargetRule(pattern=r"layers\..*_proj"))
+        ends = {"linear": ("q_proj", "_proj"), "hidden": ("out", "out")}[METHODS[method].kind]
+        first, rest = (TargetRule(pattern=rf"layers\.{at}.*{end}") for at, end in zip((r"0\.", ""), ends, strict=True))
+        targets = (dataclasses.replace(first, rank=3), rest)
         config = AdapterConfig(method=method, **{"rank": 2, "targets": targets, **changes})
         return Cohort.of(config, self.model.sites())
 

@@ -35,7 +35,11 @@ def test_no_step_leaves_a_user_outside_of_their_budget(bench, random_batch, meth
     budgets = [0.02, 0.1, np.inf]
     cohort, shared, state = _population(bench, method, norm_budget=np.float32(budgets))
     norms = jax.jit(jax.vmap(lambda adapter: total_norm(cohort, adapter, shared, "frobenius")))
-    bounded = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), budget="frobenius"))
+    bounded = jax.jit(
+        population_step(
+            cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight, budget="frobenius"
+        )
+    )
     reached = np.zeros(USERS)
     for index in range(4):
         batch = random_batch(USERS, seed=index)
@@ -49,7 +53,11 @@ def test_no_step_leaves_a_user_outside_of_their_budget(bench, random_batch, meth
 def test_a_user_without_a_bound_has_the_bytes_of_one_alone(bench, random_batch):
     cohort, shared, state = _population(bench, "lora", norm_budget=np.float32([0.02, np.inf, np.inf]))
     free = state._replace(hparams=state.hparams._replace(norm_budget=jnp.full(USERS, jnp.inf)))
-    step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant(), budget="frobenius"))
+    step = jax.jit(
+        population_step(
+            cohort, sft(bench.model), adamw(), constant(), weight=bench.model.site_weight, budget="frobenius"
+        )
+    )
     one, other = (step(bench.params, shared, each, random_batch(USERS))[0] for each in (state, free))
     for user in (1, 2):
         jax.tree.map(np.testing.assert_array_equal, member(one, user).adapters, member(other, user).adapters)

@@ -10,6 +10,7 @@ import pytest
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
+from popax.adapters.table import METHODS
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.types import AdapterState, Params
@@ -44,9 +45,9 @@ def params(model) -> Params:
 def users_of(model, params):
     @functools.cache
     def make(method: str, count: int = 3, seed: int = 0) -> Users:
-        config = AdapterConfig(method=method, rank=3, alpha=3.0, targets=(r"layers\..*_proj", "lm_head"))
-        cohort = Cohort.of(config, model.sites())
-        shared = cohort.shared(lambda site: model.site_weight(params, site))
+        targets = (r"layers\..*_proj", "lm_head") if METHODS[method].kind == "linear" else (r"layers\.out",)
+        cohort = Cohort.of(AdapterConfig(method=method, rank=3, alpha=3.0, targets=targets), model.sites())
+        shared = cohort.shared(*model.site_arrays(params))
         rng = np.random.default_rng(seed)
 
         def loud(leaf):

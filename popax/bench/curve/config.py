@@ -25,9 +25,7 @@ class CurveConfig:
         if self.users < 2 or self.seeds < 1:
             raise ConfigError(f"users={self.users}, seeds={self.seeds}: at least 2 users and 1 seed")
         if not self.adapters or not self.rates or min(self.rates) <= 0:
-            raise ConfigError(
-                f"rates={self.rates}, {len(self.adapters)} adapters: one at least of each, rates above 0"
-            )
+            raise ConfigError(f"rates={self.rates}, {len(self.adapters)} adapters: one at least of each, rates above 0")
 
     @property
     def members(self) -> int:
