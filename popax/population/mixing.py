@@ -6,7 +6,7 @@ exactly sum_k c_lk (delta of expert k at layer l). Candidates are members of a p
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,6 @@ def gradient_step(
         loss, gradient = jax.value_and_grad(loss_of)(mix_MxK, base, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
             updates, state = optimizer.update(gradient, state, mix_MxK)
-        return mix_MxK + updates, state, loss
+        return cast(jax.Array, optax.apply_updates(mix_MxK, updates)), state, loss
 
     return step

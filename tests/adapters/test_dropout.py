@@ -11,7 +11,7 @@ from popax.adapters.apply import bind
 from popax.adapters.method import TIED
 
 # A kernel of its own each: lora's, the shared core's matrix and vector, dora's without y, plain XLA's.
-pytestmark = pytest.mark.parametrize("row", ["lora", "dora", "lora_xs", "tiny_lora", "vera", "lora/mica"])
+pytestmark = pytest.mark.parametrize("row", ["lora", "dora", "lora_xs", "lora/mica"])
 
 
 def _equal(one, other):

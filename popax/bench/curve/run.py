@@ -43,7 +43,7 @@ def members_of(config: CurveConfig, users: Sequence[str]) -> Members:
     user_N, seed_N = user_N.astype(int), seed_N.astype(int)
     block = np.arange(len(user_N)) - user_N
     wrong_N = block + (user_N + 1) % len(users)
-    return Members([users[user] for user in user_N], user_N, seed_N, rate_N, wrong_N)
+    return Members([str(users[user]) for user in user_N], user_N, seed_N, rate_N, wrong_N)
 
 
 def bench_curve(
