@@ -56,8 +56,11 @@ class AdapterConfig:
     options: Any = ()
 
     def __post_init__(self):
-        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
-        object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in pairs)))
+        try:
+            pairs = tuple(sorted((str(name), value) for name, value in dict(self.options).items()))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"options={self.options!r}: {{name: value}} of what the method has") from error
+        object.__setattr__(self, "options", pairs)
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         object.__setattr__(self, "targets", tuple(_as_rule(rule) for rule in targets))
         if self.rank < 1:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteDims, along_last
 
 
 def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConfig, options: NoOptions) -> Leaves:
@@ -14,7 +14,7 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     del shared, x, drop
-    return y + (scale * state["b"].astype(jnp.float32)).astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y + along_last(scale * state["b"].astype(jnp.float32), y)
 
 
 def _merge(

@@ -41,6 +41,11 @@ def layers_of(cohort: Cohort, adapter: AdapterState, shared: AdapterState) -> Ch
     return {name: at_site(name) for name in cohort.specs}
 
 
+def as_leaves(change: Factored, layered: bool) -> dict[str, jax.Array]:
+    """The leaves of a LoRA whose scale is 1, without L outside the layer stack."""
+    return {"a": change.a_RxD, "b": change.b_RxF} if layered else {"a": change.a_RxD[0], "b": change.b_RxF[0]}
+
+
 def total(changes: Sequence[Factored], weights: Sequence[float]) -> Factored:
     """sum_i w_i A_i^T B_i, exactly: the factors side by side, of rank sum_i R_i."""
     return Factored(

@@ -84,8 +84,7 @@ class Cohort:
 
         def at_site(spec: SiteSpec) -> dict[str, jax.Array]:
             name, layers, w = spec.info.name, spec.info.layers, weight(spec.info.name)
-            found = bias(name)
-            b = jnp.zeros((*w.shape[:1], w.shape[-1]) if layers else w.shape[-1:]) if found is None else found
+            b = _or_zeros(bias(name), w, spec)
             key = jax.random.key(zlib.crc32(name.encode()))
             one = lambda mask_R, base: self.method.shared(self._dims(spec), mask_R, base, self.options)  # noqa: E731
             if not layers:
@@ -207,7 +206,7 @@ class Cohort:
         with jax.default_matmul_precision("highest"):
             if method.merge is None:
                 return _over_layers(product, spec, w, scales(spec), leaves, common).astype(w.dtype), bias
-            b = jnp.zeros((*w.shape[:1], w.shape[-1]) if spec.info.layers else w.shape[-1:]) if bias is None else bias
+            b = _or_zeros(bias, w, spec)
             wide = (w.astype(jnp.float32), b.astype(jnp.float32))
             merged, offset = _over_layers(method.merge, spec, leaves, common, scales(spec), *wide)
         made = bias is not None or method.makes_bias
@@ -267,6 +266,11 @@ class Cohort:
 def scales(spec: SiteSpec) -> jax.Array:
     """The scale at each layer, [L], or a scalar outside the layer stack."""
     return jnp.asarray(spec.scales if spec.info.layers else spec.scales[0], dtype=jnp.float32)
+
+
+def _or_zeros(bias: jax.Array | None, w: jax.Array, spec: SiteSpec) -> jax.Array:
+    """A site's bias, [L, F] or [F], where the base has one."""
+    return jnp.zeros((*w.shape[: bool(spec.info.layers)], w.shape[-1])) if bias is None else bias
 
 
 def _over_layers(one: Callable[..., Any], spec: SiteSpec, *operands: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from popax.adapters import merging
 from popax.adapters.base import AdapterConfig, TargetRule
-from popax.adapters.changes import Changes, Factored, layers_of, total, truncated
+from popax.adapters.changes import Changes, Factored, as_leaves, layers_of, total, truncated
 from popax.adapters.cohort import Cohort
 from popax.adapters.core_space import back, core_space
 from popax.errors import ComposeError, ConfigError
@@ -99,13 +99,8 @@ def _as_lora(changes: Changes, infos: Mapping[str, SiteInfo], error: dict[str, f
     ranks = {name: change.a_RxD.shape[-2] for name, change in changes.items()}
     targets = tuple(TargetRule(pattern=re.escape(name), rank=rank) for name, rank in ranks.items())
     config = AdapterConfig(rank=max(ranks.values()), alpha=1.0, alpha_rule="constant", targets=targets)
-
-    def leaves(name: str) -> dict[str, jax.Array]:
-        a, b = changes[name]
-        return {"a": a, "b": b} if infos[name].layers else {"a": a[0], "b": b[0]}
-
     cohort = Cohort.of(config, infos)
-    return Composed(cohort, {name: leaves(name) for name in cohort.specs}, error)
+    return Composed(cohort, {name: as_leaves(changes[name], cohort.layered[name]) for name in cohort.specs}, error)
 
 
 def _mixed(parts: Sequence[Part]) -> Composed:

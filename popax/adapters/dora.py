@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from popax.adapters import lora
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims, along_last
 from popax.kernels import stacked_lora
 
 
@@ -38,10 +38,9 @@ def _gain(state: Leaves, shared: Leaves, scale: jax.Array) -> jax.Array:
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     """y + (m/n - 1) (y - bias) + m/n s (x A^T) B: the bias is no part of what is scaled."""
-    row = lambda vector_F: vector_F.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))  # noqa: E731
     gain_F = _gain(state, shared, scale)
     update = stacked_lora.lora(drop(x), state["a"], state["b"], scale).astype(y.dtype)
-    return y + row(gain_F - 1.0) * (y - row(shared["bias"])) + row(gain_F) * update
+    return y + along_last(gain_F - 1.0, y) * (y - along_last(shared["bias"], y)) + along_last(gain_F, y) * update
 
 
 def _merge(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteBase, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteBase, SiteDims, along_last
 
 
 def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Any) -> Leaves:
@@ -27,8 +27,7 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     del shared, x, drop
-    gain_F = (1.0 + scale * state["l"].astype(jnp.float32)).astype(y.dtype)
-    return y * gain_F.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y * along_last(1.0 + scale * state["l"].astype(jnp.float32), y)
 
 
 def _merge(

@@ -41,19 +41,19 @@ def knots(changes: Sequence[Factored], weight_N: jax.Array, density: float) -> F
     both = total(changes, [1.0] * len(changes))
     q_DxJ, r_JxM = jnp.linalg.qr(both.a_RxD.mT)
     # [W_1 .. W_n] = Q R blockdiag(B_i): only R and the B_i's own triangles decide U, S and the rotation of each block.
-    blocks = jnp.split(r_JxM, _ends(changes), axis=1)
+    blocks = jnp.split(r_JxM, _ends([change.a_RxD.shape[0] for change in changes]), axis=1)
     rotated = [jnp.linalg.qr(change.b_RxF.mT) for change in changes]
     small_JxM = jnp.concatenate([_dot(block, r.mT) for block, (_, r) in zip(blocks, rotated, strict=True)], axis=1)
     u_JxK, s_K, vt_KxM = jnp.linalg.svd(small_JxM, full_matrices=False)
-    pieces = jnp.split(vt_KxM, _ends([Factored(q.mT, q.mT) for q, _ in rotated]), axis=1)
+    pieces = jnp.split(vt_KxM, _ends([q.shape[1] for q, _ in rotated]), axis=1)
     v_NxKxF = jnp.stack([_dot(piece, q.mT) for piece, (q, _) in zip(pieces, rotated, strict=True)])
     merged = ties(v_NxKxF.reshape(len(changes), -1), weight_N, density).reshape(v_NxKxF.shape[1:])
     return Factored(s_K[:, None] * _dot(q_DxJ, u_JxK).mT, merged)
 
 
-def _ends(changes: Sequence[Factored]) -> list[int]:
-    ranks = [change.b_RxF.shape[0] for change in changes]
-    return [sum(ranks[: index + 1]) for index in range(len(ranks) - 1)]
+def _ends(sizes: Sequence[int]) -> list[int]:
+    """Where to split an axis of pieces of these sizes."""
+    return [sum(sizes[: index + 1]) for index in range(len(sizes) - 1)]
 
 
 def _largest(x_NxP: jax.Array, density: float) -> jax.Array:

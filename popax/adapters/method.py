@@ -84,7 +84,8 @@ class AdapterMethod(NamedTuple):
 
     name: the row's key in the table.
     state_axes, shared_axes: leaf -> logical axes; "in" and "out" stand for the base weight's own axes.
-    init(key, dims, mask_R, config): one user's start. A tied method's: init(key, config), leaves [G, ...].
+    init(key, dims, mask_R, config, options): one user's start. A tied method's: init(key, config, options), leaves
+        [G, ...].
     delta(state, shared, scale, x, y, drop): the site's output for this user, in y's dtype; x [..., D], y [..., F];
         drop(x) is the dropout on what enters the adapter.
     inits: names AdapterConfig.init may take, mapped to "is the output equal to the base's at the start?".
@@ -139,6 +140,11 @@ class AdapterMethod(NamedTuple):
     acts: Callable[[Any, jax.Array], jax.Array] = lambda options, positions: positions >= 0
     rates: Callable[[Any], Mapping[str, float]] = lambda options: {}
     experts: ExpertMethod | None = None
+
+
+def along_last(vector_F: jax.Array, like: jax.Array) -> jax.Array:
+    """The vector in `like`'s dtype, with as many axes before it as `like` has."""
+    return vector_F.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def indexed_rows(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, SiteDims, along_last
 from popax.errors import ConfigError
 
 
@@ -49,7 +49,7 @@ def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax
     del shared
     r_RxD, w_RxD = state["r"].astype(x.dtype), state["w"].astype(x.dtype)
     low = jnp.einsum("...d,rd->...r", drop(x), w_RxD, preferred_element_type=jnp.float32)
-    low = scale * (low + state["b"].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)))
+    low = scale * (low + along_last(state["b"], low))
     update = jnp.einsum("...r,rd->...d", low.astype(x.dtype), r_RxD, preferred_element_type=jnp.float32)
     return y + update.astype(y.dtype)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims, along_last
 from popax.errors import ConfigError
 from popax.kernels.shared_core import shared_core
 
@@ -48,15 +48,11 @@ def _init(key: jax.Array, dims: SiteDims, mask_R: jax.Array, config: AdapterConf
 
 def _delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop) -> jax.Array:
     update = shared_core(drop(x), shared["a"], shared["b"], state["d"], scale)
-    return y + update.astype(y.dtype) * _last(state["b"], y)
+    return y + update.astype(y.dtype) * along_last(state["b"], y)
 
 
 def _factors(state: Leaves, shared: Leaves) -> tuple[jax.Array, jax.Array]:
     return shared["a"] * state["d"][:, None], shared["b"] * state["b"][None]
-
-
-def _last(vector_F: jax.Array, y: jax.Array) -> jax.Array:
-    return vector_F.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 METHOD = AdapterMethod(

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-from popax.types import Adapt, Params
+from popax.types import Adapt, Batch, Params
 
 ExamplesT = TypeVar("ExamplesT")
 SumsT = TypeVar("SumsT")
@@ -17,6 +18,16 @@ class Sums(NamedTuple):
     nats: jax.Array
     targets: jax.Array
     target_bytes: jax.Array
+
+
+def mean_of(nats_BxT: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
+    """(sum_t w_t nats_t / sum_t w_t, the sums) over a batch's supervised targets; 0 without any."""
+    sums = Sums(
+        nats=jnp.sum(nats_BxT * batch.weights_BxT),
+        targets=jnp.sum(batch.weights_BxT),
+        target_bytes=jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32),
+    )
+    return sums.nats / jnp.maximum(sums.targets, 1.0), sums
 
 
 class BoundedSums(NamedTuple):

@@ -10,7 +10,7 @@ from popax.adapters.cohort import Cohort
 from popax.errors import ConfigError
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat
-from popax.objectives.base import Objective, Sums
+from popax.objectives.base import Objective, Sums, mean_of
 from popax.objectives.chunks import in_chunks
 from popax.types import Adapt, AdapterState, Batch, Params
 
@@ -53,12 +53,6 @@ def distill(
             shown_BxCxV = jax.lax.stop_gradient(jax.nn.log_softmax(teacher.logits(old, shown_BxCxD, guide)))
             return jnp.sum(jnp.exp(shown_BxCxV) * (shown_BxCxV - logp_BxCxV), axis=-1)
 
-        nats_BxT = in_chunks(divergence, chunk, x_BxTxD, shown_BxTxD) * batch.weights_BxT
-        sums = Sums(
-            nats=jnp.sum(nats_BxT),
-            targets=jnp.sum(batch.weights_BxT),
-            target_bytes=jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32),
-        )
-        return sums.nats / jnp.maximum(sums.targets, 1.0), sums
+        return mean_of(in_chunks(divergence, chunk, x_BxTxD, shown_BxTxD), batch)
 
     return objective

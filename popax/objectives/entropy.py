@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.modeling.model import Model
-from popax.objectives.base import Objective, Sums
+from popax.objectives.base import Objective, Sums, mean_of
 from popax.objectives.chunks import in_chunks
 from popax.types import Adapt, Batch, Params
 
@@ -22,9 +22,6 @@ def entropy(model: Model, *, chunk: int = 128) -> Objective[Batch, Sums]:
             logp_BxCxV = jax.nn.log_softmax(model.logits(params, x_BxCxD, adapt))
             return -jnp.sum(jnp.exp(logp_BxCxV) * logp_BxCxV, axis=-1)
 
-        nats = jnp.sum(in_chunks(of_tokens, chunk, x_BxTxD) * batch.weights_BxT)
-        targets = jnp.sum(batch.weights_BxT)
-        read = jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32)
-        return nats / jnp.maximum(targets, 1.0), Sums(nats, targets, read)
+        return mean_of(in_chunks(of_tokens, chunk, x_BxTxD), batch)
 
     return objective

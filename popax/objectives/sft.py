@@ -1,11 +1,10 @@
 """Supervised fine-tuning: mean cross-entropy over one user's supervised targets."""
 
 import jax
-import jax.numpy as jnp
 
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat
-from popax.objectives.base import Objective, Sums
+from popax.objectives.base import Objective, Sums, mean_of
 from popax.types import Adapt, Batch, Params
 
 
@@ -18,12 +17,6 @@ def sft(model: Model, *, remat: Remat = "none", frozen_base: bool = True) -> Obj
     def objective(params: Params, adapt: Adapt, batch: Batch) -> tuple[jax.Array, Sums]:
         x_BxTxD = model.batch_hidden(params, batch, adapt=adapt, remat=remat)
         nats_BxT = model.target_nats(params, x_BxTxD, batch.targets_BxT, adapt, frozen=frozen_base)
-        nats_BxT = nats_BxT * batch.weights_BxT
-        sums = Sums(
-            nats=jnp.sum(nats_BxT),
-            targets=jnp.sum(batch.weights_BxT),
-            target_bytes=jnp.sum(jnp.where(batch.weights_BxT > 0, batch.target_bytes_BxT, 0)).astype(jnp.float32),
-        )
-        return sums.nats / jnp.maximum(sums.targets, 1.0), sums
+        return mean_of(nats_BxT, batch)
 
     return objective

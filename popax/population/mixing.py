@@ -15,7 +15,7 @@ import optax
 
 from popax.adapters.apply import bind
 from popax.adapters.base import AdapterConfig, SiteSpec
-from popax.adapters.changes import layers_of
+from popax.adapters.changes import as_leaves, layers_of, total
 from popax.adapters.cohort import Cohort
 from popax.adapters.compose import Part
 from popax.errors import ComposeError
@@ -52,11 +52,11 @@ def side_by_side(parts: Sequence[Part]) -> Experts:
     specs, adapter, expert_R, rows = [], {}, {}, {}
     for name, info in infos.items():
         own = [(index, each[name]) for index, each in enumerate(changes) if name in each]
-        a, b = (jnp.concatenate([change[side] for _, change in own], axis=-2) for side in (0, 1))
+        both = total([change for _, change in own], [1.0] * len(own))
         expert_R[name] = np.concatenate([np.full(change.a_RxD.shape[-2], index) for index, change in own])
         count = max(info.layers, 1)
-        specs.append(SiteSpec(info=info, ranks=(a.shape[-2],) * count, scales=(1.0,) * count))
-        adapter[name] = {"a": a, "b": b} if info.layers else {"a": a[0], "b": b[0]}
+        specs.append(SiteSpec(info=info, ranks=(both.a_RxD.shape[-2],) * count, scales=(1.0,) * count))
+        adapter[name] = as_leaves(both, bool(info.layers))
         rows[name] = info.first_layer + np.arange(count) if info.layers else np.array([layers])
     depth = layers + any(not info.layers for info in infos.values())
     rank = max(spec.rank for spec in specs)

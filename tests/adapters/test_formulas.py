@@ -127,6 +127,7 @@ def _bound(cohort, traits, shared):
         ({"method": "lora_xs", "init": "pissa"}, "pissa"),
         ({"method": "ia3", "dropout": 0.1}, "dropout"),
         ({"method": "reft", "options": {"first": -1}}, "first=-1"),
+        ({"method": "reft", "options": 3}, "options=3"),
     ],
 )
 def test_a_wrong_option_says_what_there_is(toy, settings, words):

@@ -16,7 +16,8 @@ from popax.trees import member
 from popax.types import NO_ADAPT
 
 # milora and olora are pissa's row but for what their users share, which tests/adapters/test_inits.py looks at.
-pytestmark = pytest.mark.parametrize("row", [row for row in ROWS if row not in ("lora/milora", "lora/olora")])
+TESTED = [row for row in ROWS if row not in ("lora/milora", "lora/olora")]
+every_row = pytest.mark.parametrize("row", TESTED)
 
 
 def _equal(one, other):
@@ -56,6 +57,7 @@ def _dense_deltas(toy, cohort, adapter):
     return dense
 
 
+@every_row
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fresh_adapter_is_the_base(toy, row, dtype):
     """Invariant 4, bitwise, for the starts that claim it; the others do differ."""
@@ -69,11 +71,13 @@ def test_a_fresh_adapter_is_the_base(toy, row, dtype):
         assert bool(jnp.all(out == toy.op_by_op(NO_ADAPT, toy.x()))) == identity
 
 
-@pytest.mark.parametrize("rule", ALPHA_RULES)
+# A rule gives a number to whichever method: two of them stand for all.
+RULES = [(row, rule) for row in TESTED for rule in ALPHA_RULES if rule == "rank" or row in ("lora", "lora_xs")]
+
+
+@pytest.mark.parametrize(("row", "rule"), RULES)
 def test_output_is_the_merged_weights_output(toy, row, rule):
     """Invariant 4: y + delta(x) == x W', with mixed ranks and every alpha rule that the method knows."""
-    if rule != "rank" and row not in ("lora", "lora_xs"):
-        return  # the rule gives a number to whichever method; two of them stand for all
     cohort, trained = toy.cohort(row=row, alpha_rule=rule, alpha=1.5), toy.cohort(row=row)
     adapter, shared = toy.trained(trained), toy.shared(cohort)
     if cohort.method.kind != "linear":
@@ -110,6 +114,7 @@ def test_merge_and_norms_are_the_dense_deltas(toy, row):
     np.testing.assert_allclose(a.T @ b * scales(cohort.specs["lm_head"]), dense[:-1], rtol=1e-5, atol=2e-6)
 
 
+@every_row
 def test_bfloat16_adapters_apply_merge_and_measure(toy, row):
     wide, narrow = toy.cohort(row=row), toy.cohort(row=row, dtype="bfloat16")
     adapter, shared = toy.trained(wide), toy.shared(wide)
@@ -125,6 +130,7 @@ def test_bfloat16_adapters_apply_merge_and_measure(toy, row):
         assert (bias is not None) == narrow.method.makes_bias
 
 
+@every_row
 def test_columns_beyond_a_rank_do_not_train(toy, row):
     """Invariant 3: zero gradient, and the same bits after training, wherever an index exceeds its layer's rank."""
     cohort = toy.cohort(row=row)
@@ -151,6 +157,7 @@ def test_columns_beyond_a_rank_do_not_train(toy, row):
     assert padded > 0 or not any("rank" in axes for axes in cohort.method.state_axes.values())
 
 
+@every_row
 def test_mixed_rows_are_each_user_alone(toy, row):
     """Invariants 4 and 5: a batch of users == each alone; slot -1 == the base, bitwise, whoever else is in it."""
     cohort = toy.cohort(row=row)
@@ -173,6 +180,7 @@ def test_mixed_rows_are_each_user_alone(toy, row):
     assert np.all(np.isnan(poisoned[0]))
 
 
+@every_row
 def test_mixed_rows_train_each_user_alone(toy, row):
     """Invariant 2 in the indexed layout: a slot's gradient is its own rows', exactly zero for a slot without rows."""
     cohort = toy.cohort(row=row)
@@ -188,6 +196,7 @@ def test_mixed_rows_train_each_user_alone(toy, row):
             np.testing.assert_allclose(take(got, 2), alone[name][leaf], rtol=1e-4, atol=1e-4)
 
 
+@every_row
 def test_a_population_of_fresh_adapters_is_each_alone(toy, row):
     """Invariant 1, for the start."""
     cohort = toy.cohort(row=row)
@@ -197,10 +206,10 @@ def test_a_population_of_fresh_adapters_is_each_alone(toy, row):
         _equal(member(population, user), toy.init(cohort, keys[user]))
 
 
+# tests/population/test_step.py trains the others.
+@pytest.mark.parametrize("row", ["lora", *(row for row in TESTED if row not in METHODS)])
 def test_vmapped_users_are_each_alone(toy, row):
     """Invariant 1, for output and gradient through the layer scan."""
-    if row in METHODS and row != "lora":
-        return  # tests/population/test_step.py trains these
     cohort = toy.cohort(row=row)
     users = [toy.trained(cohort, seed) for seed in range(3)]
     population = jax.tree.map(lambda *leaves: jnp.stack(leaves), *users)
@@ -234,12 +243,14 @@ def test_shapes_and_axes_agree(toy, row):
                 assert array.shape == wanted
 
 
+@every_row
 def test_shared_arrays_are_the_same_each_time(toy, row):
     cohort = toy.cohort(row=row)
     made = [cohort.shared(toy.weights.__getitem__, toy.biases.__getitem__) for _ in range(2)]
     _equal(*made)
 
 
+@every_row
 def test_linear_methods_are_linear_in_the_state(toy, row):
     """A row that says `linear` mixes: delta(2 s1 - 3 s2) == 2 delta(s1) - 3 delta(s2); one that does not, does not."""
     cohort = toy.cohort(row=row)
@@ -250,16 +261,15 @@ def test_linear_methods_are_linear_in_the_state(toy, row):
     assert (error < 1e-5) == method_of(ROWS[row]).linear
 
 
+@pytest.mark.parametrize("row", [name for name, method in METHODS.items() if not method.drops])
 def test_a_method_without_dropout_says_so(toy, row):
-    if not method_of(ROWS[row]).drops:
-        with pytest.raises(ConfigError, match=r"dropout=0\.5"):
-            toy.cohort(row=row, dropout=0.5)
+    with pytest.raises(ConfigError, match=r"dropout=0\.5"):
+        toy.cohort(row=row, dropout=0.5)
 
 
+@pytest.mark.parametrize("row", ["lora", "dora", "tiny_lora", "reft"])  # one of each form of a state
 def test_only_outer_or_only_layered_sites(toy, row):
     """A cohort without layered sites still goes through the layer scan, as does one without outer sites."""
-    if row not in ("lora", "dora", "tiny_lora", "reft"):
-        return  # one of each form of a state
     kinds = {"linear": (("lm_head",), (r"layers\.0\.attn\.q_proj",)), "hidden": ((r"layers\.0\.out",),)}
     for targets in kinds[method_of(ROWS[row]).kind]:
         cohort = toy.cohort(row=row, targets=targets)
