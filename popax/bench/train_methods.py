@@ -8,8 +8,10 @@ from typing import Any
 import jax
 
 from popax.adapters.base import AdapterConfig
+from popax.adapters.cohort import Cohort
 from popax.bench.train import BenchTrainConfig, program_bytes, seconds_of, set_up
 from popax.modeling.config import ModelConfig
+from popax.modeling.model import Model
 
 # The method that others are compared with: rank 8, as people train it.
 BESIDE = "lora"
@@ -25,6 +27,8 @@ def bench_methods(
 
     over_lora: the median of the rounds' own ratios to lora's step, or to the first method's where lora is not there.
     """
+    for adapter in adapters.values():
+        Cohort.of(adapter, Model(model).sites())  # a typing mistake is told before anything is compiled
     beside = BESIDE if BESIDE in adapters else next(iter(adapters))
     setups, seconds, rows = {}, {name: [] for name in adapters}, []
     for name, adapter in adapters.items():

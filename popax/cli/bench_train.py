@@ -27,7 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="time a step of each of these methods instead, in turns, at BenchTrainConfig.adapter's rank and targets "
         "(lora is what the others are compared with); on the toy model where no other is given",
     )
-    parser.add_argument("--users", type=int, help="of --methods: the population (4096)")
+    parser.add_argument(
+        "--users",
+        type=int,
+        default=4096,
+        help="of --methods: the population (4096), of one row of at most 64 tokens each",
+    )
     add_json(parser)
 
 
@@ -65,7 +70,7 @@ def _methods(args: argparse.Namespace, model, config, say) -> int:
     from popax.bench.report import write_report
     from popax.bench.train_methods import bench_methods
 
-    config = dataclasses.replace(config, users=args.users or 4096, batch_size=1, seq_len=min(config.seq_len, 64))
+    config = dataclasses.replace(config, users=args.users, batch_size=1, seq_len=min(config.seq_len, 64))
     adapters = {name: dataclasses.replace(config.adapter, method=name) for name in args.methods}
     figures, rows = bench_methods(model, config, adapters, progress=say)
     for row in rows:

@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from popax.adapters.base import AdapterConfig
 from popax.bench.train import BenchTrainConfig, CompileCounter, base_only, bench_train, random_batch
+from popax.bench.train_methods import bench_methods
+from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.objectives.sft import sft
@@ -66,3 +70,18 @@ def test_the_counter_sees_a_compilation():
     with CompileCounter() as seen:
         jax.jit(lambda x: x * 3.0 + 1.0)(jnp.ones(7)).block_until_ready()
     assert seen.count >= 1
+
+
+def test_methods_take_turns_on_the_same_tokens():
+    config, lines = BenchTrainConfig(users=3, batch_size=1, seq_len=8, repeats=2), []
+    adapters = {name: AdapterConfig(method=name, rank=2) for name in ("lora", "lora_xs")}
+    figures, rows = bench_methods(TINY, config, adapters, progress=lines.append)
+    assert [row["method"] for row in rows] == ["lora", "lora_xs"]
+    assert rows[0]["over_lora"] == 1.0
+    assert figures["lora_xs_over_lora"] == rows[1]["over_lora"] > 0
+    # Two layers of seven matrices: a core of 2 x 2 each.
+    assert rows[1]["parameters_per_user"] == 2 * 7 * 4
+    assert rows[1]["state_bytes"] < rows[0]["state_bytes"]
+    assert len(lines) == 4
+    with pytest.raises(ConfigError, match="nonsense"):
+        bench_methods(TINY, config, {"nonsense": AdapterConfig(method="nonsense")})

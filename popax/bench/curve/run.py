@@ -56,11 +56,11 @@ def bench_curve(
     progress: Callable[[str], None] = lambda line: None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one method after the other: its mean over users for each seed and rate. See `figures_of`."""
+    cohorts = [Cohort.of(adapter, base.model.sites()) for adapter in config.adapters]
     who = members_of(config, users)
     plain: np.ndarray | None = None
-    for adapter in config.adapters:
-        began = time.monotonic()
-        cohort = Cohort.of(adapter, base.model.sites())
+    for cohort in cohorts:
+        adapter, began = cohort.config, time.monotonic()
         own = dataclasses.replace(train, adapter=adapter, slots=len(who.names))
         shared = jax.jit(lambda params, cohort=cohort: cohort.shared(*base.model.site_arrays(params)))(base.params)
         if plain is None:
