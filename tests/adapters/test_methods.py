@@ -92,6 +92,7 @@ def test_output_is_the_merged_weights_output(toy, row, rule):
     assert float(jnp.max(jnp.abs(own - toy.base(toy.x())))) > 1e-3
 
 
+@every_row
 def test_merge_and_norms_are_the_dense_deltas(toy, row):
     cohort = toy.cohort(row=row)
     adapter, shared = toy.trained(cohort), toy.shared(cohort)
@@ -223,6 +224,7 @@ def test_vmapped_users_are_each_alone(toy, row):
         _close(member(gradients, user), gradient)
 
 
+@every_row
 def test_shapes_and_axes_agree(toy, row):
     cohort = toy.cohort(row=row)
     state, shared = toy.init(cohort, jax.random.key(0)), toy.shared(cohort)
