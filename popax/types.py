@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, Any]  # nested dict of arrays: the base, or any model state
@@ -46,8 +47,10 @@ class Rollouts(NamedTuple):
     advantages_BxT: jax.Array
 
 
-# "linear": y = x W. "hidden": what a block hands on, in and out alike; it has no weight.
-SiteKind = Literal["linear", "hidden"]
+# "linear": y = x W. "hidden": what a block hands on, in and out alike; it has no weight. "embedding": the table of
+# embeddings, where virtual tokens may have rows of their own (popax.modeling.virtual).
+SiteKind = Literal["linear", "hidden", "embedding"]
+EMBED = "embed"  # the site of kind "embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,8 @@ class SiteFn(Protocol):
     Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
     adapts(site): whether y' can differ from y there. Where it cannot, a model may do without making y.
     hidden(site, x, positions): what a site of kind "hidden" makes of x [B, T, D], whose tokens are at these positions.
+    embedded(x, tokens): the embeddings x [B, T, D] of tokens [B, T], with those of virtual tokens in their places.
+    has_virtual(batch): bool [batch], the rows that have virtual tokens.
 
     The experts of a mixture are sites of another kind, since their rows are sorted by expert. expert_terms(x, (gate,
     up, down)): what adapters give before, None where they act on none of the three. after_experts(down, low, y): y
@@ -119,6 +124,10 @@ class SiteFn(Protocol):
 
     def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array: ...
 
+    def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array: ...
+
+    def has_virtual(self, batch: int) -> jax.Array: ...
+
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None: ...
 
     def after_experts(self, site: str, low_BxTxR: jax.Array, y_BxTxD: jax.Array) -> jax.Array: ...
@@ -129,8 +138,12 @@ class Adapt(Protocol):
 
     `layers` is a pytree-callable whose leaves are [L, ...]; the model's layer scan slices it, and the slice is a
     SiteFn for the sites named `layers.*`. `dense_layers` is the same for the layers before the first mixture of
-    experts, where a model has such a stack. `outer` is a SiteFn for every other site.
+    experts, where a model has such a stack. `outer` is a SiteFn for every other site. `virtual_tokens`: how many a row
+    may have in front of it.
     """
+
+    @property
+    def virtual_tokens(self) -> int: ...
 
     @property
     def dense_layers(self) -> Any: ...
@@ -146,6 +159,10 @@ class Adapt(Protocol):
 @dataclasses.dataclass(frozen=True)
 class NoAdapt:
     """The base alone: every site returns y unchanged. Both an Adapt and a SiteFn; a pytree without leaves."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        return 0
 
     @property
     def dense_layers(self) -> "NoAdapt":
@@ -170,6 +187,13 @@ class NoAdapt:
     def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
         del site, positions_BxT
         return x_BxTxD
+
+    def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+        del tokens_BxT
+        return x_BxTxD
+
+    def has_virtual(self, batch: int) -> jax.Array:
+        return jnp.zeros(batch, bool)
 
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> None:
         del x_BxTxD, sites

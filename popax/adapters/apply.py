@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from popax.adapters.cohort import Cohort, scales
 from popax.adapters.method import IndexedSite, indexed_rows
-from popax.types import AdapterState, ExpertFactors, ExpertTerms
+from popax.modeling.virtual import virtual_ids
+from popax.types import EMBED, AdapterState, ExpertFactors, ExpertTerms
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +87,17 @@ class SiteAdapters:
         acts = self.cohort.method.acts(self.cohort.options, positions_BxT)
         return jnp.where(acts[..., None], self(x_BxTxD, {site: x_BxTxD})[site], x_BxTxD)
 
+    def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+        if not self.adapts(EMBED):
+            return x_BxTxD
+        ids_n = jnp.asarray(virtual_ids(self.cohort.virtual_tokens), tokens_BxT.dtype)
+        which_BxTxn = (tokens_BxT[..., None] == ids_n[None, None]).astype(x_BxTxD.dtype)
+        return self(which_BxTxn, {EMBED: x_BxTxD})[EMBED]
+
+    def has_virtual(self, batch: int) -> jax.Array:
+        own = self.adapts(EMBED)
+        return jnp.full(batch, own) if self.slot is None or not own else self.slot >= 0
+
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
         method = self.cohort.method.experts
         if method is None or not any(map(self.adapts, sites)):
@@ -135,6 +147,10 @@ class BoundAdapter:
     dense_layers: SiteAdapters
     layers: SiteAdapters
     outer: SiteAdapters
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.outer.cohort.virtual_tokens
 
 
 class Rows(NamedTuple):

@@ -5,11 +5,14 @@ users of any cohort, and a token with a slot in several sets has the exact sum o
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from popax.adapters.apply import BoundAdapter, SiteAdapters
+from popax.errors import ConfigError
 from popax.types import NO_ADAPT, Adapt, ExpertTerms
 
 
@@ -33,6 +36,14 @@ class ChainedSites:
             x_BxTxD = link.hidden(site, x_BxTxD, positions_BxT)
         return x_BxTxD
 
+    def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+        for link in self.links:
+            x_BxTxD = link.embedded(x_BxTxD, tokens_BxT)
+        return x_BxTxD
+
+    def has_virtual(self, batch: int) -> jax.Array:
+        return functools.reduce(jnp.logical_or, (link.has_virtual(batch) for link in self.links))
+
     def expert_terms(self, x_BxTxD: jax.Array, sites: tuple[str, str, str]) -> ExpertTerms | None:
         found = [link for link in self.links if any(map(link.adapts, sites))]
         return found[0].expert_terms(x_BxTxD, sites) if found else None
@@ -51,6 +62,13 @@ class ChainedAdapters:
     dense_layers: ChainedSites
     layers: ChainedSites
     outer: ChainedSites
+
+    @property
+    def virtual_tokens(self) -> int:
+        counts = {link.cohort.virtual_tokens for link in self.outer.links} - {0}
+        if len(counts) > 1:
+            raise ConfigError(f"prompts of {sorted(counts)} virtual tokens in one batch: only a cache has each of them")
+        return max(counts, default=0)
 
 
 def chain(bound: Sequence[BoundAdapter]) -> Adapt:

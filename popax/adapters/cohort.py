@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from popax.adapters.base import AdapterConfig, SiteSpec, resolve
+from popax.adapters.checks import check_experts
 from popax.adapters.method import TIED, AdapterMethod, SiteBase, SiteDims
-from popax.adapters.table import METHODS, method_of, options_of
+from popax.adapters.table import method_of, options_of
 from popax.adapters.tied import groups_of
 from popax.errors import ConfigError
 from popax.types import AdapterState, SiteInfo
@@ -40,7 +41,7 @@ class Cohort:
         """
         method = method_of(config)
         specs = resolve(config, sites, width=method.width, scaled=method.scaled, kind=method.kind)
-        _check_experts(config, method, specs)
+        check_experts(config, method, specs)
         cohort = cls(config, tuple(specs.values()))
         if method.tied:
             cohort._groups  # noqa: B018 - raises where they do not fit
@@ -73,6 +74,11 @@ class Cohort:
     def adds(self) -> bool:
         """Whether deltas are products with x, so that weighted sums of its users' adapters are sums of deltas."""
         return self.method.factors is not None
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many a user's prompt has, in front of every text (popax.modeling.virtual)."""
+        return sum(spec.rank for spec in self.sites if spec.info.kind == "embedding")
 
     def shared(
         self, weight: Callable[[str], jax.Array], bias: Callable[[str], jax.Array | None] = lambda site: None
@@ -275,22 +281,6 @@ def _or_zeros(bias: jax.Array | None, w: jax.Array, spec: SiteSpec) -> jax.Array
 
 def _over_layers(one: Callable[..., Any], spec: SiteSpec, *operands: Any) -> Any:
     return jax.vmap(one)(*operands) if spec.info.layers else one(*operands)
-
-
-def _check_experts(config: AdapterConfig, method: AdapterMethod, specs: Mapping[str, SiteSpec]) -> None:
-    routed = [name for name, spec in specs.items() if spec.info.experts]
-    if routed and method.experts is None:
-        able = ", ".join(name for name, method in METHODS.items() if method.experts is not None)
-        raise ConfigError(
-            f"method={config.method!r} has no form at routed experts ({', '.join(routed)}): leave them out of the "
-            f"targets, or use a method that has one ({able})"
-        )
-    after = [name for name in routed if specs[name].info.hidden_side == "out"]
-    if after and config.dropout:
-        raise ConfigError(
-            f"dropout={config.dropout} at {', '.join(after)}: the features inside routed experts cannot be dropped: "
-            "set dropout to 0, or give these targets rank 0"
-        )
 
 
 def _mask(spec: SiteSpec) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from popax.adapters import bias, conditioned, dora, ia3, lora, lora_xs, reft, svf, tiny_lora, vera
+from popax.adapters import bias, conditioned, dora, ia3, lora, lora_xs, prompt, reft, svf, tiny_lora, vera
 from popax.adapters.base import AdapterConfig
 from popax.adapters.method import AdapterMethod
 from popax.errors import ConfigError
@@ -19,6 +19,7 @@ METHODS: dict[str, AdapterMethod] = {
         ia3.METHOD,
         bias.METHOD,
         reft.METHOD,
+        prompt.METHOD,
         conditioned.METHOD,
     )
 }

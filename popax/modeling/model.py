@@ -21,9 +21,10 @@ from popax.modeling.rope import cos_sin
 from popax.modeling.sites import site_infos
 from popax.modeling.stacks import Stack, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
+from popax.modeling.virtual import all_see, placed
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
-from popax.types import NO_ADAPT, Adapt, Batch, Params, SiteInfo
+from popax.types import EMBED, NO_ADAPT, Adapt, Batch, Params, SiteInfo
 
 
 class ForwardOptions(TypedDict, total=False):
@@ -144,12 +145,16 @@ class Model:
     def site_weight(self, params: Params, site: str) -> jax.Array:
         """The base weight at a site: [L, d_in, d_out], [d_in, d_out] if not layered, [L, E, d_in, d_out] at experts.
 
-        In param_dtype; of a quantised weight, what its values and factors stand for.
+        In param_dtype; of a quantised weight, what its values and factors stand for. At "embed" it is the table [V, D].
         """
+        if site == EMBED:
+            return params[EMBED]["embedding"]
         return dense(stored_weight(flatten_named(params), self.weight_name(site)), self.config.param_dtype)
 
     def site_bias(self, params: Params, site: str) -> jax.Array | None:
         """The base's bias at a site, [L, d_out] or [d_out]; None where it has none."""
+        if site == EMBED:
+            return None
         return flatten_named(params).get(self.weight_name(site).removesuffix("kernel") + "bias")
 
     def site_arrays(self, params: Params) -> tuple[Callable[[str], jax.Array], Callable[[str], jax.Array | None]]:
@@ -209,10 +214,11 @@ class Model:
 
         positions_BxT: int32, default 0..T-1; -1 is padding. segments_BxT: int32, for packed rows; a token sees its own
         segment only, and 0 is padding. With a cache a token is written at its position and sees positions 0..its own;
-        a token at -1, or past the cache's end, is not written. remat: what the backward pass computes
-        again instead of keeping it (popax.modeling.remat). embedded_BxTxD: used in place of the tokens' embeddings, for
-        gradients with respect to them. routes_BxTxLxK: the experts of each token in each mixture, in place of the
-        routers' choice, except where NOT_RECORDED; their weights stay the routers' own, with their gradients.
+        a token at -1, or past the cache's end, is not written. A prompt's virtual tokens (popax.modeling.virtual) are
+        tokens like any where there is a cache; without one `forward` puts them before the rows itself. remat: what the
+        backward pass computes again instead of keeping it (popax.modeling.remat). embedded_BxTxD: used in place of the
+        tokens' embeddings, for gradients with respect to them. routes_BxTxLxK: the experts of each token in each
+        mixture, in place of the routers' choice, except where NOT_RECORDED; their weights stay the routers' own.
         record_routes: return the experts that the tokens went to, int16 [B, T, L, K], else None; a model without
         mixtures has none either. On an ambient mesh whose axes the rule "sequence" names, rows are cut along their
         tokens. Raises ConfigError for segments together with a cache, for routes of another shape than `routes_shape`,
@@ -227,15 +233,22 @@ class Model:
             )
         if positions_BxT is None:
             positions_BxT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-            segments_BxT = jnp.ones_like(positions_BxT) if segments_BxT is None else segments_BxT
+        if segments_BxT is None:
+            segments_BxT = (positions_BxT >= 0).astype(jnp.int32)
+        ahead = adapt.virtual_tokens if cache is None and embedded_BxTxD is None else 0
+        if ahead:
+            own_B = adapt.outer.has_virtual(batch)
+            tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK = placed(
+                tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK, ahead, own_B
+            )
         mask_BxTxS = None
         if isinstance(cache, KVCache | LatentCache):
             mask_BxTxS = cache_mask(positions_BxT, cache.length)
         elif cache is None:
-            given = segments_BxT is not None
-            mask_BxTxS = packed_mask(segments_BxT if given else (positions_BxT >= 0).astype(jnp.int32))
+            mask_BxTxS = packed_mask(segments_BxT)
+            mask_BxTxS = all_see(mask_BxTxS, segments_BxT, ahead) if ahead else mask_BxTxS
         rope = cos_sin(self.config, positions_BxT)
-        x_BxTxD = self.embed(params, tokens_BxT) if embedded_BxTxD is None else embedded_BxTxD
+        x_BxTxD = self._embedded(params, tokens_BxT, adapt) if embedded_BxTxD is None else embedded_BxTxD
         context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT, rules=self.rules)
         routes_LxBxTxK = None if routes_BxTxLxK is None else jnp.moveaxis(routes_BxTxLxK, 2, 0)
         taken_LxBxTxK = None
@@ -244,8 +257,13 @@ class Model:
             options = {"first_layer": stack.first_layer, "remat": remat, "record": record_routes}
             options["routes_LxBxTxK"] = routes_LxBxTxK if stack.routed else None
             x_BxTxD, cache, taken_LxBxTxK = scan_blocks(*layers, x_BxTxD, context, cache, **options)
-        taken_BxTxLxK = None if taken_LxBxTxK is None else jnp.moveaxis(taken_LxBxTxK, 0, 2)
-        return self._ends(params).final_norm(x_BxTxD), cache, taken_BxTxLxK
+        taken_BxTxLxK = None if taken_LxBxTxK is None else jnp.moveaxis(taken_LxBxTxK, 0, 2)[:, ahead:]
+        return self._ends(params).final_norm(x_BxTxD[:, ahead:]), cache, taken_BxTxLxK
+
+    def _embedded(self, params: Params, tokens_BxT: jax.Array, adapt: Adapt) -> jax.Array:
+        if not adapt.outer.adapts(EMBED):
+            return self.embed(params, tokens_BxT)
+        return adapt.outer.embedded(self.embed(params, jnp.maximum(tokens_BxT, 0)), tokens_BxT)
 
     @property
     def routes_shape(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from popax.modeling.config import ModelConfig
 from popax.modeling.quantised import VALUES, kernel_name
 from popax.modeling.stacks import Stack, hidden_site, stack_sites
 from popax.trees import flatten_named
-from popax.types import Params, SiteInfo
+from popax.types import EMBED, Params, SiteInfo
 
 
 def site_infos(config: ModelConfig, stacks: Sequence[Stack], abstract: Params, axes: Params) -> dict[str, SiteInfo]:
@@ -24,6 +24,9 @@ def site_infos(config: ModelConfig, stacks: Sequence[Stack], abstract: Params, a
             shape["hidden_side"] = "in" if own[1] == "expert_ffw" else "out"
         found[site] = SiteInfo(name=site, layers=layers, first_layer=first_layer, **shape)
 
+    found[EMBED] = SiteInfo(
+        name=EMBED, d_in=config.vocab_size, d_out=config.embed_dim, layers=0, axes=("vocab", "embed"), kind="embedding"
+    )
     for stack in stacks:
         for site in stack_sites(config, stack):
             add(site, stack.num_layers, stack.first_layer)

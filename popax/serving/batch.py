@@ -54,7 +54,8 @@ def _sampling(inputs: StepInputs, shape: StepShape, owners: dict[int, Answer]) -
             tokens_BxS=inputs.history.tokens_BxS.copy(), prompt_B=inputs.history.prompt_B.copy()
         )
         for row, answer in owners.items():
-            history.tokens_BxS[row, : len(answer.tokens)], history.prompt_B[row] = answer.tokens, answer.prompt
+            own = answer.tokens[len(answer.ahead) :]  # virtual tokens are in no vocabulary
+            history.tokens_BxS[row, : len(own)], history.prompt_B[row] = own, len(answer.request.tokens)
         inputs = inputs._replace(history=history)
     if any(request.bias for request in requests.values()):
         ids, values = inputs.bias_ids_BxK.copy(), inputs.bias_BxK.copy()
@@ -78,9 +79,15 @@ def _targets(empty: StepInputs, plan: Plan) -> np.ndarray:
     targets_GxT = empty.targets_GxT.copy()
     for group, (answer, start, count) in enumerate(plan.parts):
         if answer.request.prompt_logps:
-            following = answer.request.tokens[start + 1 : start + 1 + count]
-            targets_GxT[group, : len(following)] = following
+            for at, token in _following(answer, start, count):
+                targets_GxT[group, at] = token
     return targets_GxT
+
+
+def _following(answer: Answer, start: int, count: int) -> Iterator[tuple[int, int]]:
+    """(place in the group, the token that follows there), for the prompt's own tokens but the first."""
+    first, prompt = len(answer.ahead) + 1, answer.tokens[: answer.prompt]
+    return ((at - start - 1, prompt[at]) for at in range(max(first, start + 1), min(len(prompt), start + 1 + count)))
 
 
 def records(plan: Plan, outputs: StepOutputs) -> Iterator[tuple[Answer, list[TokenLogps]]]:
@@ -90,7 +97,7 @@ def records(plan: Plan, outputs: StepOutputs) -> Iterator[tuple[Answer, list[Tok
             continue
         made = [TokenLogps(answer.request.tokens[0], None)] if start == 0 else []
         top = answer.request.top or 0
-        for at, token in enumerate(answer.request.tokens[start + 1 : start + 1 + count]):
+        for at, token in _following(answer, start, count):
             ids, values = outputs.prompt.top_ids[group, at, :top], outputs.prompt.top_logps[group, at, :top]
             likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
             made.append(TokenLogps(token, float(outputs.prompt.logp[group, at]), likeliest))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from popax.data.tokenize import Tokenizer
 from popax.errors import UnavailableError
 from popax.modeling.base import Base
+from popax.modeling.virtual import virtual_ids
 from popax.serving.batch import filled, records, sampled_record
 from popax.serving.checks import check_request, load_error
 from popax.serving.counters import EngineCounters, EngineState
@@ -88,12 +89,9 @@ class Engine:
         Raises ServingError where it can never be answered as it is (too long, another base's or cohort's adapters),
         QueueFullError, and UnavailableError where the engine is closing.
         """
-        check_request(request, self.base, self.shapes.context, self.rooms)
+        ahead = tuple(virtual_ids(check_request(request, self.base, self.shapes.context, self.rooms)))
         self._scheduler.check_room(request.tenant, [])  # before anything is read for it
-        answer = Answer(request, tell, TextStream.of(self.tokenizer, request.stops), self.scope(request))
-        if request.terms:
-            assert self.rooms is not None
-            self.rooms.check(request.terms)
+        answer = Answer(request, tell, TextStream.of(self.tokenizer, request.stops), self.scope(request), ahead)
         with self._changed:
             if self._closing or self._failure is not None:
                 why = "is closing" if self._failure is None else f"has failed ({type(self._failure).__name__})"

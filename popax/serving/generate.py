@@ -15,6 +15,7 @@ from popax.errors import DataError
 from popax.modeling.cache import Cache, init_cache
 from popax.modeling.loss import cross_entropy
 from popax.modeling.model import Model
+from popax.modeling.virtual import virtual_ids
 from popax.serving.sampling import Sampling, sample
 from popax.types import NO_ADAPT, ROUTE_DTYPE, Adapt, Params
 
@@ -66,17 +67,20 @@ def generate(
     if not lengths or min(lengths) == 0:
         raise DataError("generation needs at least one prompt, and every prompt at least one token (the BOS, say)")
     _check_request(model, prompts, max_new_tokens, seeds)
+    ahead_B = adapt.virtual_tokens * np.asarray(adapt.outer.has_virtual(len(prompts)), int)
+    texts = [[*virtual_ids(ahead), *prompt] for ahead, prompt in zip(ahead_B, prompts, strict=True)]
+    lengths = [len(text) for text in texts]
     if max(lengths) + max_new_tokens > model.config.max_seq_len:
         raise DataError(
-            f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones exceed the model's "
+            f"a prompt of {max(lengths)} tokens{_of_which(ahead_B)} and {max_new_tokens} new ones exceed the model's "
             f"max_seq_len={model.config.max_seq_len}: shorten either"
         )
     width, steps = _power_of_two(max(lengths)), _power_of_two(max_new_tokens)
     tokens_BxT = np.zeros((len(prompts), width), np.int32)
     positions_BxT = np.full((len(prompts), width), -1, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BxT[row, : len(prompt)] = prompt
-        positions_BxT[row, : len(prompt)] = np.arange(len(prompt))
+    for row, text in enumerate(texts):
+        tokens_BxT[row, : len(text)] = text
+        positions_BxT[row, : len(text)] = np.arange(len(text))
     seeds = range(len(prompts)) if seeds is None else seeds
     keys_B = jax.vmap(jax.random.key)(np.asarray(list(seeds), np.uint32))
     end = -1 if end_id is None else end_id
@@ -95,7 +99,13 @@ def generate(
     rows = [_cut(row, end_id) for row in new.token_B[:, :max_new_tokens]]
     if not record_routes:
         return rows
+    if prompt is not None:
+        prompt = [routes_TxLxK[ahead:] for ahead, routes_TxLxK in zip(ahead_B, prompt, strict=True)]
     return [row._replace(record=_record(model, row, at, prompts, prompt, new, end)) for at, row in enumerate(rows)]
+
+
+def _of_which(ahead_B: np.ndarray) -> str:
+    return f" ({ahead_B.max()} of them virtual ones)" if ahead_B.any() else ""
 
 
 def _row_shardings(mesh: Mesh, rows: int) -> tuple[NamedSharding, NamedSharding]:
@@ -112,11 +122,11 @@ def _spread(value: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array
 
 
 def _record(model: Model, row: Generated, at: int, prompts, prompt_BxTxLxK, new: Any, end_id: int) -> RolloutRecord:
-    """prompt_BxTxLxK, new: as `_generate` returns them, on the host; the prompt's routes are None without mixtures."""
+    """new: as `_generate` returns it, on the host. prompt_BxTxLxK: of prompts' own tokens, None without mixtures."""
     given, written = len(prompts[at]), len(row.tokens) + row.ended
     routes = np.zeros((given + written, *model.routes_shape), ROUTE_DTYPE)
     if prompt_BxTxLxK is not None:
-        routes[:given], routes[given:] = prompt_BxTxLxK[at, :given], new.routes_BxTxLxK[at, :written, 0]
+        routes[:given], routes[given:] = prompt_BxTxLxK[at][:given], new.routes_BxTxLxK[at, :written, 0]
     return RolloutRecord(
         tokens_T=np.concatenate([prompts[at], row.tokens, [end_id] * row.ended]).astype(np.int32),
         prompt_length=given,

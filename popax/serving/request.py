@@ -99,16 +99,17 @@ class Timing(NamedTuple):
 class Answer:
     """One answer under way: the engine's thread alone writes it, once it was handed over.
 
-    tokens: the prompt's and the new ones. computed: of how many of them keys and values are in its pages. digests: of
-    its full pages, as far as they are named. loading: its adapters' rows, or promises of them; None before they were
-    asked for, and after they came into slots. hold: these slots, while it has them. blocked_since: when pages or slots
-    were first not free.
+    ahead: virtual tokens before the prompt (popax.modeling.virtual). tokens: these, the prompt's and the new ones.
+    computed: of how many of them keys and values are in its pages. digests: of its full pages, as far as they are
+    named. loading: its adapters' rows, or promises of them; None before they were asked for, and after they came into
+    slots. hold: these slots, while it has them. blocked_since: when pages or slots were first not free.
     """
 
     request: GenerationRequest
     tell: Callable[[Event], None]
     stream: TextStream
     scope: bytes
+    ahead: tuple[int, ...] = ()
     number: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
@@ -122,7 +123,7 @@ class Answer:
     prompt_records: list[TokenLogps] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.tokens)
+        self.tokens = [*self.ahead, *self.request.tokens]
         self.timing = Timing(time.monotonic())
 
     @property
@@ -134,8 +135,8 @@ class Answer:
 
     @property
     def prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.tokens)
+        """Tokens of the prompt, the virtual ones with them."""
+        return len(self.ahead) + len(self.request.tokens)
 
     @property
     def made(self) -> int:

@@ -72,6 +72,10 @@ class Rooms:
                 f"a sum of {max(count.values())} adapters of one cohort: this server adds {self.terms} at most"
             )
 
+    def virtual_tokens(self, terms: Sequence[Term]) -> int:
+        """How many virtual tokens these adapters put before a prompt; `check` has let them pass."""
+        return max((self._residencies[term.manifest.cohort].cohort.virtual_tokens for term in terms), default=0)
+
     def fetch(self, terms: Sequence[Term]) -> list:
         """Begin to bring these adapters' rows; an array, or the promise of one, for each. `check` has let them pass."""
         return [self._residencies[term.manifest.cohort].fetch([term.manifest])[0] for term in terms]

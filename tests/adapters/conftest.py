@@ -35,6 +35,10 @@ MIXED_HIDDEN = (
     TargetRule(pattern=r"layers\.2\.out", rank=0),
     TargetRule(pattern=r"layers\.out"),
 )
+# Of virtual tokens: as many as the cohort's rank, in front of the text.
+PROMPT = (TargetRule(pattern="embed"),)
+EMBEDDING = SiteInfo(name="embed", d_in=30, d_out=12, layers=0, axes=("vocab", "embed"), kind="embedding")
+TOKENS = (-1, -3, 0, 0, 0)  # of `x`
 MIXED = (
     TargetRule(pattern=r"layers\.1\.attn\..*", rank=2, alpha=3.0),
     TargetRule(pattern=r"layers\.2\.mlp\.up_proj", rank=0),
@@ -67,8 +71,10 @@ class Toy:
                 h = h + site_fn(hidden, {outer: _affine(hidden, own[outer], bias[outer])})[outer]
             return site_fn.hidden("layers.out", h, positions_BxT), None
 
-        stacked = [{name: each for name, each in tree.items() if name != "lm_head"} for tree in (weights, biases)]
-        h, _ = jax.lax.scan(layer, x_BxTxD, (stacked, adapt.layers))
+        outer = ("lm_head", "embed")
+        stacked = [{name: each for name, each in tree.items() if name not in outer} for tree in (weights, biases)]
+        tokens_BxT = jnp.broadcast_to(jnp.asarray(TOKENS)[None, : x_BxTxD.shape[1]], x_BxTxD.shape[:2])
+        h, _ = jax.lax.scan(layer, adapt.outer.embedded(x_BxTxD, tokens_BxT), (stacked, adapt.layers))
         return adapt.outer(h, {"lm_head": _affine(h, weights["lm_head"], biases["lm_head"])})["lm_head"]
 
     def base(self, x):
@@ -85,7 +91,7 @@ class Toy:
     def cohort(self, row="lora", **settings):
         """row: of the table, by its name in ROWS."""
         config = ROWS[row]
-        targets = self.mixed if METHODS[config.method].kind == "linear" else MIXED_HIDDEN
+        targets = {"linear": self.mixed, "hidden": MIXED_HIDDEN, "embedding": PROMPT}[METHODS[config.method].kind]
         settings = {"method": config.method, "init": config.init, "options": config.options} | settings
         return Cohort.of(AdapterConfig(**({"rank": 4, "alpha": 8.0, "targets": targets} | settings)), self.sites)
 
@@ -151,4 +157,7 @@ def toy():
         # Half of the sites have a bias that is not zero.
         bias = 0.1 * rng.standard_normal((*lead, info.d_out)) * (info.d_out > 12)
         biases[name] = jnp.asarray(bias, jnp.float32)
-    return Toy(sites=SITES | {HIDDEN.name: HIDDEN}, mixed=MIXED, weights=weights, biases=biases)
+    weights["embed"], biases["embed"] = jnp.asarray(rng.standard_normal((30, 12)), jnp.float32), jnp.zeros(12)
+    return Toy(
+        sites=SITES | {site.name: site for site in (HIDDEN, EMBEDDING)}, mixed=MIXED, weights=weights, biases=biases
+    )

@@ -14,6 +14,7 @@ from popax.adapters.table import METHODS, ROWS, method_of
 from popax.errors import ConfigError
 from popax.trees import member
 from popax.types import NO_ADAPT
+from tests.adapters.conftest import TOKENS
 
 # milora and olora are pissa's row but for what their users share, which tests/adapters/test_inits.py looks at.
 TESTED = [row for row in ROWS if row not in ("lora/milora", "lora/olora")]
@@ -42,16 +43,23 @@ def _dense_deltas(toy, cohort, adapter):
     shared, dense, seen = toy.shared(cohort), {}, cohort.spread(adapter)
     for name, spec in cohort.specs.items():
         info = spec.info
-        probes = jnp.concatenate((jnp.eye(info.d_in), jnp.zeros((1, info.d_in))))
+        width = spec.rank if info.kind == "embedding" else info.d_in
+        probes = jnp.concatenate((jnp.eye(width), jnp.zeros((1, width))))
 
         def one(state, own, scale, w, bias, probes=probes):
             y = probes @ w + bias[None]
             change = cohort.method.delta(state, own, scale, probes, y, lambda x: x) - y
             return jnp.concatenate((change[:-1] - change[-1:], change[-1:]))
 
-        # A hidden site hands on what it is given.
-        identity = (jnp.eye(info.d_in)[None].repeat(info.layers, 0), jnp.zeros((info.layers, info.d_out)))
-        base = (toy.weights[name], toy.biases[name]) if info.kind == "linear" else identity
+        base = {
+            "linear": lambda info, name: (toy.weights[name], toy.biases[name]),
+            # A hidden site hands on what it is given; the base has nothing in the place of virtual tokens.
+            "hidden": lambda info, name: (
+                jnp.eye(info.d_in)[None].repeat(info.layers, 0),
+                jnp.zeros((info.layers, info.d_out)),
+            ),
+            "embedding": lambda info, name, width=width: (jnp.zeros((width, info.d_out)), jnp.zeros(info.d_out)),
+        }[info.kind](info, name)
         operands = (seen[name], shared.get(name, {}), scales(spec), *base)
         dense[name] = jax.vmap(one)(*operands) if info.layers else one(*operands)
     return dense
@@ -105,8 +113,8 @@ def test_merge_and_norms_are_the_dense_deltas(toy, row):
         merged, bias = cohort.merge(name, toy.weights[name], adapter, shared, toy.biases[name])
         np.testing.assert_allclose(merged - toy.weights[name], dense[..., :-1, :], rtol=1e-5, atol=2e-6)
         np.testing.assert_allclose(bias - toy.biases[name], dense[..., -1, :], rtol=1e-5, atol=2e-6)
-    exception = "layers.mlp.up_proj" if cohort.method.kind == "linear" else "layers.out"
-    assert float(norms[exception][2]) == 0.0
+    exceptions = {"linear": ["layers.mlp.up_proj"], "hidden": ["layers.out"], "embedding": []}[cohort.method.kind]
+    assert [float(norms[name][2]) for name in exceptions] == [0.0] * len(exceptions)
     if not cohort.adds:
         with pytest.raises(ConfigError, match=cohort.config.method):
             cohort.factors(cohort.sites[-1].info.name, adapter, shared)
@@ -178,7 +186,8 @@ def test_mixed_rows_are_each_user_alone(toy, row):
     broken = [*users[:2], jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), users[2])]
     poisoned = toy.forward(toy.weights, bind_slots(cohort, _pool(broken, cohort), shared, jnp.asarray(slot)), x)
     _equal(poisoned[1:], together[1:])
-    assert np.all(np.isnan(poisoned[0]))
+    touched = TOKENS.index(0) if cohort.method.kind == "embedding" else len(TOKENS)  # the toy's tokens do not meet
+    assert np.all(np.isnan(poisoned[0, :touched]))
 
 
 @every_row
@@ -235,6 +244,7 @@ def test_shapes_and_axes_agree(toy, row):
         for name, leaves in tree.items():
             sizes = {"groups": 1}
             vectors = {"v": (13,), "p": (13,), "traits": (16,), "w1": (64, 16), "w2": (64,)}  # of no site's own size
+            vectors |= {"prompt": (4,), "rows": (4,)}
             if name in toy.sites:
                 info = toy.sites[name]
                 sizes |= {"layers": info.layers, "rank": cohort.specs[name].rank}

@@ -27,6 +27,7 @@ PROJECTIONS = ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj")
 class Added:
     """An Adapt that adds x w at some sites of the stack."""
 
+    virtual_tokens = 0
     weights: dict[str, jax.Array]
 
     @property

@@ -21,6 +21,7 @@ CONFIG = ModelConfig(
 class Scaled:
     """An Adapt that scales the output of one site, outside the layers."""
 
+    virtual_tokens = 0
     site: str
     factor: float
 

@@ -23,6 +23,7 @@ CLOSE = {"rtol": 0, "atol": 1e-5}
 class Shift:
     """An Adapt that adds a number of its own at some sites, to see what the model calls where."""
 
+    virtual_tokens = 0
     amounts: dict[str, jax.Array]  # site -> [L] at the layers' sites, [] elsewhere
 
     @property

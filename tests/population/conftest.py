@@ -26,9 +26,11 @@ class Bench:
 
     def cohort(self, method: str, **changes) -> Cohort:
         # Rank 3 in layer 0 and 2 elsewhere: padded columns exist in every test.
-        ends = {"linear": ("q_proj", "_proj"), "hidden": ("out", "out")}[METHODS[method].kind]
-        first, rest = (TargetRule(pattern=rf"layers\.{at}.*{end}") for at, end in zip((r"0\.", ""), ends, strict=True))
-        targets = (dataclasses.replace(first, rank=3), rest)
+        targets = {
+            "linear": (TargetRule(pattern=r"layers\.0\..*q_proj", rank=3), TargetRule(pattern=r"layers\..*_proj")),
+            "hidden": (TargetRule(pattern=r"layers\.0\.out", rank=3), TargetRule(pattern=r"layers\.out")),
+            "embedding": (TargetRule(pattern="embed"),),
+        }[METHODS[method].kind]
         config = AdapterConfig(method=method, **{"rank": 2, "targets": targets, **changes})
         return Cohort.of(config, self.model.sites())
 

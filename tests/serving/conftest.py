@@ -45,7 +45,9 @@ def params(model) -> Params:
 def users_of(model, params):
     @functools.cache
     def make(method: str, count: int = 3, seed: int = 0) -> Users:
-        targets = (r"layers\..*_proj", "lm_head") if METHODS[method].kind == "linear" else (r"layers\.out",)
+        targets = {"linear": (r"layers\..*_proj", "lm_head"), "hidden": (r"layers\.out",), "embedding": ("embed",)}[
+            METHODS[method].kind
+        ]
         cohort = Cohort.of(AdapterConfig(method=method, rank=3, alpha=3.0, targets=targets), model.sites())
         shared = cohort.shared(*model.site_arrays(params))
         rng = np.random.default_rng(seed)

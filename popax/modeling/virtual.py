@@ -1,0 +1,62 @@
+"""Virtual tokens: an adapter's own, in front of each text (soft prompts). Virtual token j has the id -1 - j.
+
+Where keys and values are cached, callers put the ids before a prompt's. A packed row without a cache has them once,
+before all of its texts: each text sees them, and none sees another.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from popax.types import NOT_RECORDED
+
+_THEIRS = -1  # the segment of virtual tokens
+
+
+def virtual_ids(count: int) -> list[int]:
+    """The ids of so many virtual tokens, in order."""
+    return [-1 - at for at in range(count)]
+
+
+class Placed(NamedTuple):
+    """A batch's arrays with virtual tokens in front of each row, and its mask bool [B, T, T]."""
+
+    tokens_BxT: jax.Array
+    positions_BxT: jax.Array
+    segments_BxT: jax.Array
+    routes_BxTxLxK: jax.Array | None
+
+
+def placed(
+    tokens_BxT: jax.Array,
+    positions_BxT: jax.Array,
+    segments_BxT: jax.Array,
+    routes_BxTxLxK: jax.Array | None,
+    count: int,
+    own_B: jax.Array,
+) -> Placed:
+    """With `count` virtual tokens before each row; where own_B is False they are padding, and positions stay."""
+    batch, own_Bx1 = tokens_BxT.shape[0], own_B[:, None]
+    ids_Bxn, at_Bxn = (
+        jnp.broadcast_to(jnp.asarray(row, jnp.int32)[None], (batch, count))
+        for row in (virtual_ids(count), range(count))
+    )
+    moved_BxT = jnp.where(own_Bx1 & (positions_BxT >= 0), positions_BxT + count, positions_BxT)
+    theirs_Bxn = jnp.where(own_Bx1, _THEIRS, jnp.zeros_like(at_Bxn))
+    if routes_BxTxLxK is not None:
+        nothing = jnp.full((batch, count, *routes_BxTxLxK.shape[2:]), NOT_RECORDED, routes_BxTxLxK.dtype)
+        routes_BxTxLxK = jnp.concatenate((nothing, routes_BxTxLxK), axis=1)
+    return Placed(
+        jnp.concatenate((ids_Bxn, tokens_BxT), axis=1),
+        jnp.concatenate((jnp.where(own_Bx1, at_Bxn, -1), moved_BxT), axis=1),
+        jnp.concatenate((theirs_Bxn, segments_BxT), axis=1),
+        routes_BxTxLxK,
+    )
+
+
+def all_see(mask_BxTxT: jax.Array, segments_BxT: jax.Array, count: int) -> jax.Array:
+    """The mask with the row's first `count` tokens, where they are virtual ones, seen by the tokens of every text."""
+    theirs_Bx1xn = (segments_BxT == _THEIRS)[:, None, :count]
+    text_BxTx1 = (segments_BxT > 0)[:, count:, None]
+    return mask_BxTxT.at[:, count:, :count].set(theirs_Bx1xn & text_BxTx1)
