@@ -10,6 +10,7 @@ COMMANDS = {
     "curve": "popax.cli.bench_curve",
     "kernels": "popax.cli.bench_kernels",
     "load": "popax.cli.bench_load",
+    "mixing": "popax.cli.bench_mixing",
     "quantised": "popax.cli.bench_quantised",
     "residency": "popax.cli.bench_residency",
     "serve": "popax.cli.bench_serve",

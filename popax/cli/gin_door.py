@@ -59,6 +59,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.serve.config:BenchServeConfig",
     "popax.bench.serve.soak:BenchSoakConfig",
     "popax.bench.curve.config:CurveConfig",
+    "popax.bench.mixing:MixingConfig",
+    "popax.population.mixing:CEMConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",
     "popax.plan.config:PlanConfig",

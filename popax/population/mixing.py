@@ -19,7 +19,7 @@ from popax.adapters.changes import as_leaves, layers_of, total
 from popax.adapters.cohort import Cohort
 from popax.adapters.compose import Part
 from popax.errors import ComposeError
-from popax.objectives.base import Objective
+from popax.objectives.base import Objective, SumsT
 from popax.types import AdapterState, Batch, Params
 
 
@@ -76,6 +76,17 @@ def mixed(experts: Experts, mix_MxK: jax.Array) -> AdapterState:
     return {name: at(name) for name in experts.adapter}
 
 
+def mixed_loss(
+    experts: Experts, objective: Objective[Batch, SumsT]
+) -> Callable[[Params, jax.Array, Batch], tuple[jax.Array, SumsT]]:
+    """loss(base, mix [M, K], batch): the objective with the experts so mixed."""
+
+    def loss(base: Params, mix_MxK: jax.Array, batch: Batch) -> tuple[jax.Array, SumsT]:
+        return objective(base, bind(experts.cohort, mixed(experts, mix_MxK), {}), batch)
+
+    return loss
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CEMConfig:
     """The cross-entropy method of Transformer^2 (arXiv 2501.06252): candidates ~ N(mean, std^2) in [0, 1], of whom the
@@ -124,15 +135,14 @@ def generation(
     The mean itself is a candidate. A candidate whose loss is not finite is never of the elite.
     """
 
-    def loss_of(base: Params, mix_MxK: jax.Array, batch: Batch) -> jax.Array:
-        return objective(base, bind(experts.cohort, mixed(experts, mix_MxK), {}), batch)[0]
+    loss = mixed_loss(experts, objective)
 
     def step(base: Params, search: Search, batch: Batch) -> tuple[Search, jax.Array]:
         key, own = jax.random.split(search.key)
         noise = jax.random.normal(own, (config.population - 1, *search.mean_MxK.shape))
         drawn = jnp.clip(search.mean_MxK[None] + noise * search.std_MxK[None], 0.0, 1.0)
         drawn_NxMxK = jnp.concatenate((search.mean_MxK[None], drawn))
-        loss_N = jax.vmap(loss_of, in_axes=(None, 0, None))(base, drawn_NxMxK, batch)
+        loss_N = jax.vmap(lambda mix: loss(base, mix, batch)[0])(drawn_NxMxK)
         order_N = jnp.argsort(jnp.where(jnp.isfinite(loss_N), loss_N, jnp.inf))
         elite = drawn_NxMxK[order_N[: config.elites]]
         better = loss_N[order_N[0]] < search.best_loss
@@ -159,11 +169,10 @@ def gradient_step(
     (popax.objectives.entropy), which needs no targets, AdaMerging (arXiv 2310.02575). No coefficient is bounded.
     """
 
-    def loss_of(mix_MxK: jax.Array, base: Params, batch: Batch) -> jax.Array:
-        return objective(base, bind(experts.cohort, mixed(experts, mix_MxK), {}), batch)[0]
+    loss_of = mixed_loss(experts, objective)
 
     def step(base: Params, mix_MxK: jax.Array, state: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_of)(mix_MxK, base, batch)
+        loss, gradient = jax.value_and_grad(lambda mix: loss_of(base, mix, batch)[0])(mix_MxK)
         with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
             updates, state = optimizer.update(gradient, state, mix_MxK)
         return cast(jax.Array, optax.apply_updates(mix_MxK, updates)), state, loss

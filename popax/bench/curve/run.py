@@ -62,18 +62,17 @@ def bench_curve(
     for cohort in cohorts:
         adapter, began = cohort.config, time.monotonic()
         own = dataclasses.replace(train, adapter=adapter, slots=len(who.names))
-        shared = jax.jit(lambda params, cohort=cohort: cohort.shared(*base.model.site_arrays(params)))(base.params)
         if plain is None:
-            scorer = Scorer(sft(base.model), cohort, base.params, shared, evaluation)
+            scorer = Scorer(sft(base.model), cohort, base.params, {}, evaluation)
             plain = bits_per_byte(scorer.base_sums(pipeline, users))
-        programs = compile_programs(base.model, cohort, own)
-        adapters, validation_N = _train(base, pipeline, who, cohort, own, programs, shared)
+        trained = train_members(base, pipeline, who, cohort, own)
+        adapters, shared, programs = trained.adapters, trained.shared, trained.programs
         future = pipeline.evaluation(who.names, evaluation.split, evaluation.max_rows)
         wrong = jax.tree.map(lambda leaf: leaf[who.wrong_N], adapters)
         scored = [
             bits_per_byte(_sums(base, programs, shared, each, future, evaluation.rows)) for each in (adapters, wrong)
         ]
-        rows = list(_rows(config, adapter, cohort, who, plain, scored[0], scored[1], validation_N))
+        rows = list(_rows(config, adapter, cohort, who, plain, scored[0], scored[1], trained.validation_N))
         for row in rows:
             row["seconds"] = time.monotonic() - began
         best = min(rows, key=lambda row: row["validation"])
@@ -84,16 +83,19 @@ def bench_curve(
         yield rows
 
 
-def _train(
-    base: Base,
-    pipeline: UserPipeline,
-    who: Members,
-    cohort: Cohort,
-    config: TrainConfig,
-    programs: Programs,
-    shared: AdapterState,
-) -> tuple[AdapterState, np.ndarray]:
-    """(the adapters at each member's best validation, [N, ...], that validation's loss in nats a target)."""
+class Trained(NamedTuple):
+    """adapters: each member's at their best validation, [N, ...]; validation_N: its loss in nats a target."""
+
+    adapters: AdapterState
+    validation_N: np.ndarray
+    shared: AdapterState
+    programs: Programs
+
+
+def train_members(base: Base, pipeline: UserPipeline, who: Members, cohort: Cohort, config: TrainConfig) -> Trained:
+    """Train all members together, with as many slots."""
+    shared = jax.jit(lambda params: cohort.shared(*base.model.site_arrays(params)))(base.params)
+    programs = compile_programs(base.model, cohort, config)
     settings = config.member_settings(config.steps)
     rate_N = jnp.asarray(cohort.method.learning_rate * who.rate_N, jnp.float32)
     settings = settings._replace(learning_rate=rate_N)
@@ -113,7 +115,7 @@ def _train(
             batch = pipeline.population(who.names, [step + int(seed) * config.steps for seed in who.seed_N])
             state, _ = programs.step(base.params, shared, state, batch)
     assert state.best is not None
-    return selected_adapters(state), np.asarray(state.best.loss)
+    return Trained(selected_adapters(state), np.asarray(state.best.loss), shared, programs)
 
 
 def _sums(
