@@ -2,11 +2,17 @@
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from popax.cli.keys import add_sign, add_trust, signer_of, trust_of
 from popax.cli.main import add_json
 from popax.cli.users.shared import printable, write_json
 from popax.errors import ComposeError
+
+if TYPE_CHECKING:
+    from popax.store.catalog import Catalog
+    from popax.store.compose import Term
 
 NAME = "compose"
 HELP = "Combine several users' adapters into one, exactly or by a merge, and commit it as derived from them."
@@ -36,27 +42,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # small matrices: an accelerator need not be woken for them
-    from popax.serving.names import weighted
-    from popax.serving.pool import parse_request
     from popax.store.catalog import Catalog
-    from popax.store.compose import Term, compose_revisions
+    from popax.store.compose import compose_revisions
 
     catalog = Catalog.open(args.catalog, signer=signer_of(args), trusted=trust_of(args))
-    asked = [(text, 1.0) if catalog.exists(text) else weighted(text) for text in args.terms]
-    requests = [parse_request(name, catalog) for name, _ in asked]
-    users = [(request.user, request.revision) for request in requests if request.user is not None]
-    if len(users) < len(requests):
-        raise ComposeError("the base is no adapter: a sum of adapters has it already")
-    manifests = catalog.resolve(users)
-    terms = [Term(manifest, weight) for manifest, (_, weight) in zip(manifests, asked, strict=True)]
+    terms = terms_of(catalog, args.terms)
     options = {"rank": args.rank, "density": args.density, "seed": args.seed}
     manifest, made = compose_revisions(catalog, terms, args.into, args.how, **options)
     error = max(made.error.values(), default=0.0)
     write_json(args, {"revision": manifest.to_dict(), "error": made.error})
     config = made.cohort.config
     left_out = f", its rank leaves out {error:.2%} of it at the worst site" if error > 1e-6 else ""
+    names = ", ".join(printable(term.manifest.shown) for term in terms)
     print(
         f"{printable(manifest.user)}@{manifest.revision}: {config.method} of rank {config.rank} made by {args.how} of "
-        f"{', '.join(printable(one.shown) for one in manifests)}{left_out}. It is a candidate: popax eval scores it"
+        f"{names}{left_out}. It is a candidate: popax eval scores it"
     )
     return 0
+
+
+def terms_of(catalog: "Catalog", texts: Sequence[str]) -> "list[Term]":
+    """The revisions and weights that [WEIGHT*]USER[@REVISION] name. Raises ComposeError where one is the base."""
+    from popax.serving.names import weighted
+    from popax.serving.pool import parse_request
+    from popax.store.compose import Term
+
+    asked = [(text, 1.0) if catalog.exists(text) else weighted(text) for text in texts]
+    requests = [parse_request(name, catalog) for name, _ in asked]
+    users = [(request.user, request.revision) for request in requests if request.user is not None]
+    if len(users) < len(requests):
+        raise ComposeError("the base is no adapter: a sum of adapters has it already")
+    return [Term(manifest, weight) for manifest, (_, weight) in zip(catalog.resolve(users), asked, strict=True)]

@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "import": "popax.cli.import_",
     "migrate": "popax.cli.migrate",
     "compose": "popax.cli.compose",
+    "merge": "popax.cli.merge",
     "users": "popax.cli.users",
     "plan": "popax.cli.plan",
     "methods": "popax.cli.methods",

@@ -43,7 +43,7 @@ def compose_revisions(
     if len(bases) > 1:
         named = ", ".join(f"{shown} of the base {digest[:16]}" for digest, shown in bases.items())
         raise BaseMismatchError(f"{named}: adapters of different bases change different weights; migrate them first")
-    made = compose([_part(catalog, term) for term in terms], how, rank=rank, density=density, seed=seed)
+    made = compose([part_of(catalog, term) for term in terms], how, rank=rank, density=density, seed=seed)
     shared = catalog.shared(catalog.cohort_of(terms[0].manifest)) if how == "linear" else None
     layout = RowLayout.of(made.cohort.abstract())
     stored = catalog.cohort(made.cohort.config, made.cohort.specs, next(iter(bases)), layout, shared or None)
@@ -65,7 +65,8 @@ def compose_revisions(
     return manifest, made
 
 
-def _part(catalog: Catalog, term: Term) -> Part:
+def part_of(catalog: Catalog, term: Term) -> Part:
+    """The revision's arrays, and its weight."""
     stored = catalog.cohort_of(term.manifest)
     adapter, _ = catalog.load(term.manifest.user, term.manifest.revision)
     return Part(Cohort(stored.config, tuple(stored.specs.values())), adapter, catalog.shared(stored), term.weight)
