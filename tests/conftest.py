@@ -4,17 +4,11 @@ import gc
 import os
 from pathlib import Path
 
+from tests.compile_flags import COMPILE_QUICKLY
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far more than they run: less optimisation, and no emitters of fusions, make them take a third of
-# their time, and change no result they assert.
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_cpu_use_fusion_emitters=false",
-    ]
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", COMPILE_QUICKLY]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a test needs is downloaded
 

@@ -18,6 +18,7 @@ from popax.bench.curve.run import members_of, train_members
 from popax.data.pipeline import UserPipeline
 from popax.errors import ConfigError
 from popax.evaluation.columns import bits_per_byte
+from popax.evaluation.dispatch import Classifier, ClassifierConfig, features, fitted
 from popax.modeling.base import Base
 from popax.objectives.base import Sums
 from popax.objectives.sft import sft
@@ -72,7 +73,8 @@ def bench_mixing(
 ) -> Iterator[dict[str, Any]]:
     """A row for each held-out user: bits per byte on their future with the base, every expert, equal shares, and what
     the search and descent have learnt from their past."""
-    experts = _experts(base, pipeline, users[: config.experts], adapter, train)
+    owners = users[: config.experts]
+    experts, classifier = _experts(base, pipeline, owners, adapter, train), _classifier(base, pipeline, owners)
     objective, optimizer = sft(base.model), optax.adam(config.descent_rate)
     loss, step, traced = mixed_loss(experts, objective), generation(experts, objective, config.search), []
 
@@ -101,7 +103,10 @@ def bench_mixing(
         alone = jnp.broadcast_to(jnp.eye(experts.count)[:, None], (experts.count, *equal.shape))
         mixes = jnp.concatenate((jnp.zeros_like(equal)[None], jnp.stack((equal, search.mean_MxK, mix)), alone))
         before, after = (bits_per_byte(mixer.score(base.params, mixes, batch)) for batch in (past, future))
-        row = _row(user, before, after, search.mean_MxK)
+        # Which expert's own text this user's past is most like.
+        logps_BxK = np.asarray(classifier(features(base.model, base.params, past)))
+        like = int(np.argmax(np.sum(logps_BxK[np.any(past.segments_BxT > 0, axis=1)], axis=0)))
+        row = _row(user, before, after, search.mean_MxK, like)
         row |= {"programs": len(traced), "seconds": time.monotonic() - began}
         progress(
             f"{user}: base {row['base']:.4f}, best expert {row['best_expert']:.4f}, search {row['search']:.4f} "
@@ -112,7 +117,7 @@ def bench_mixing(
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares of users for whom a mix is ahead of every expert, and mean bits per byte."""
-    columns = ("base", "best_expert", "chosen_expert", "equal", "search", "descent")
+    columns = ("base", "best_expert", "chosen_expert", "classified_expert", "equal", "search", "descent")
     means = {f"mean {name}": float(np.mean([row[name] for row in rows])) for name in columns}
     ahead = {
         f"{name} beats every expert": float(np.mean([row[name] < row["best_expert"] for row in rows]))
@@ -132,6 +137,14 @@ def _experts(
     return side_by_side([Part(cohort, member(trained.adapters, at), trained.shared) for at in range(len(users))])
 
 
+def _classifier(base: Base, pipeline: UserPipeline, owners: Sequence[str]) -> Classifier:
+    """Of whose past a row is, among the experts' owners."""
+    batch = pipeline.evaluation(owners, "past")
+    labels_NxM, real_NxM = np.broadcast_arrays(np.arange(len(owners))[:, None], np.any(batch.segments_BxT > 0, axis=-1))
+    rows = features(base.model, base.params, jax.tree.map(lambda leaf: leaf[real_NxM], batch))
+    return fitted(rows, jnp.asarray(labels_NxM[real_NxM]), len(owners), ClassifierConfig())
+
+
 def _one(pipeline: UserPipeline, user: str, split: str, rows: int) -> Batch:
     """The user's first rows of a split; always so many, the rest without weight: one shape, one program."""
     batch = member(pipeline.evaluation([user], split, rows), 0)
@@ -139,8 +152,8 @@ def _one(pipeline: UserPipeline, user: str, split: str, rows: int) -> Batch:
     return jax.tree.map(lambda leaf: np.pad(leaf, ((0, pad), (0, 0))), batch)
 
 
-def _row(user: str, past: np.ndarray, future: np.ndarray, mix_MxK: jax.Array) -> dict[str, Any]:
-    """past, future: of the base, equal shares, the search's mix, descent's, and each expert."""
+def _row(user: str, past: np.ndarray, future: np.ndarray, mix_MxK: jax.Array, like: int) -> dict[str, Any]:
+    """past, future: of the base, equal shares, the search's mix, descent's, and each expert. like: the classifier's."""
     names = ("base", "equal", "search", "descent")
     experts = future[len(names) :]
     row = {"user": user, **{name: float(future[at]) for at, name in enumerate(names)}}
@@ -148,6 +161,7 @@ def _row(user: str, past: np.ndarray, future: np.ndarray, mix_MxK: jax.Array) ->
     return row | {
         "best_expert": float(np.min(experts)),
         "chosen_expert": float(experts[np.argmin(past[len(names) :])]),  # as one would choose without the future
+        "classified_expert": float(experts[like]),
         "experts": [float(value) for value in experts],
         "share_of_each": [float(value) for value in jnp.mean(mix_MxK, axis=0)],
     }

@@ -13,6 +13,9 @@ from popax.cli.users.shared import which
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from popax.data.tokenize import Tokenizer
+    from popax.modeling.base import Base
+
 NAME = "generate"
 HELP = "Continue a prompt for several users at once, each with their own adapter."
 EXAMPLE = (
@@ -29,6 +32,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="WHO",
         help="a user, user@REVISION (a number, latest, promoted, a tag), or base; repeatable, a row of the batch each",
+    )
+    parser.add_argument(
+        "--expert",
+        action="append",
+        metavar="LABEL=WHO",
+        help="instead of --user: the base is asked which of these labels fits a prompt, and that one continues it",
+    )
+    parser.add_argument(
+        "--question",
+        metavar="TEMPLATE",
+        help="of --expert, with {text} and {labels}; the labels are compared as its continuation",
     )
     parser.add_argument(
         "--revision",
@@ -63,16 +77,20 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     from popax.serving.text import generate_text
     from popax.store.catalog import Catalog
 
-    users = args.user or ["base"]
-    prompts = args.prompt * len(users) if len(args.prompt) == 1 else args.prompt
+    base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
+    users, prompts = args.user or ["base"], args.prompt
+    if args.expert:
+        users = _dispatched(args, base, tokenizer)
+    elif len(prompts) == 1:
+        prompts = prompts * len(users)
     if len(prompts) != len(users):
         raise ConfigError(f"{len(prompts)} prompts for {len(users)} users: give one --prompt, or one for each --user")
     if args.catalog is None and set(users) != {"base"}:
         raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     rows = generate_text(
-        base_of(args, mesh),
-        load_tokenizer(args.tokenizer or args.base),
+        base,
+        tokenizer,
         Catalog.open(args.catalog, read_only=True, trusted=trust_of(args)) if args.catalog else None,
         users,
         prompts,
@@ -89,3 +107,19 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     for row in rows:
         print(f"[{row.name}] {row.prompt}{row.text}")
     return 0
+
+
+def _dispatched(args: argparse.Namespace, base: "Base", tokenizer: "Tokenizer") -> list[str]:
+    """Who continues each prompt."""
+    from popax.errors import ConfigError
+    from popax.evaluation.dispatch import QUESTION, by_prompt
+
+    if args.user:
+        raise ConfigError("--user says who continues a prompt, --expert asks the base for it: give one of them")
+    named = dict(expert.partition("=")[::2] for expert in args.expert)
+    if len(named) < len(args.expert) or not all(named.values()):
+        raise ConfigError(f"--expert {' '.join(args.expert)}: LABEL=WHO, each label once")
+    labels, question = list(named), args.question or QUESTION
+    if "{text}" not in question or "{labels}" not in question:
+        raise ConfigError(f"--question {question!r}: it has {{text}} and {{labels}} in it")
+    return [named[labels[int(by_prompt(base, tokenizer, text, labels, question).argmax())]] for text in args.prompt]

@@ -10,6 +10,8 @@ import pytest
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.cli.main import main
+from popax.data.tokenize import load_tokenizer
+from popax.evaluation.dispatch import by_prompt
 from popax.modeling.base import load_base
 from popax.store.catalog import Catalog
 from popax.store.layout import RowLayout
@@ -144,3 +146,23 @@ def test_the_road_to_its_end(world, tmp_path, capsys):
     assert main(["extract", world.catalog, "u00", str(tmp_path / "peft")]) == 0
     assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
     assert main(["extract", str(world.run / "shared"), "everyone", str(tmp_path / "everyone")]) == 0
+
+
+def test_the_base_is_asked_which_expert_continues_a_prompt(world, tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    question = "{text}:{labels}:"
+    experts = ["--expert", "pea=u00@latest", "--expert", "car=u01@latest", "--question", question]
+    arguments = ["generate", "--base", world.base, "--catalog", world.catalog, "--max_new_tokens", "3"]
+    assert main([*arguments, *experts, "--prompt", "a", "--prompt", "b", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())
+    assert [row["prompt"] for row in rows] == ["a", "b"]
+    base, tokenizer = load_base(world.base), load_tokenizer(world.base)
+    asked = [by_prompt(base, tokenizer, text, ["pea", "car"], question) for text in ("a", "b")]
+    wanted = [("u00@1", "u01@1")[int(logps.argmax())] for logps in asked]
+    assert [row["name"] for row in rows] == wanted
+    assert main([*arguments, *experts, "--user", "u00", "--prompt", "a"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main([*arguments, *experts[:-1], "{text}", "--prompt", "a"]) == 2
+    assert "{labels}" in capsys.readouterr().err
+    assert main([*arguments, "--expert", "pea", "--expert", "x=u01", "--prompt", "a"]) == 2
+    assert "LABEL=WHO" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import pytest
 
 from popax.cli.main import main
 from popax.training.metrics import read_metrics
+from tests.compile_flags import COMPILE_QUICKLY
 
 ROOT = Path(__file__).parents[2]
 TINY_MODEL = Path(__file__).parents[1] / "tiny_model.gin"
@@ -78,7 +79,7 @@ class World:
         arguments = ["--processes", str(processes), "--devices", str(devices), "--", *command]
         environment = os.environ | {
             "POPAX_PYTHON": sys.executable,
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": COMPILE_QUICKLY,
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -65,7 +65,7 @@ def test_two_runs_of_three_steps_are_one_of_six(base, pipeline_of, kept, tmp_pat
 def test_the_state_kept_is_that_of_the_adapter_kept(base, pipeline_of, kept, tmp_path):
     """Early stopping keeps an earlier adapter: its state is that of a run which ended there."""
     pipeline = pipeline_of(4)
-    config = kept(early_stop=EarlyStop(every=2, patience=1), schedule=constant(), learning_rate=0.3, steps=8)
+    config = kept(early_stop=EarlyStop(every=2, patience=1), schedule=constant(), learning_rate=0.05, steps=12)
     stopped = runs(base, pipeline, tmp_path / "stopped", config)
     early = 0
     for user in pipeline.dataset.users():

@@ -12,6 +12,7 @@ from popax.data.pipeline import PipelineConfig, UserPipeline
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset
 from popax.errors import ConfigError, DataError, StorageError
+from popax.population.optimizer import adamw
 from popax.store.catalog import Catalog
 from popax.training.run import train_population
 
@@ -35,7 +36,9 @@ def train(base, pipeline, config, place, **options):
 @pytest.mark.parametrize("method", ["lora", "dora", "lora_xs", "tiny_lora", "reft"])
 def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_path, method):
     pipeline = pipeline_of(7)
-    config = train_config(adapter=AdapterConfig(method=method, rank=2, init="default"), slots=3)
+    # Where a gradient is rounding alone, eps = 1e-8 makes a step of the learning rate of it.
+    adapter, optimizer = AdapterConfig(method=method, rank=2, init="default"), adamw(eps=1e-6)
+    config = train_config(adapter=adapter, optimizer=optimizer, slots=3)
     together, report = train(base, pipeline, config, tmp_path / "together")
     assert report.finished
     assert set(report.trained) == set(pipeline.dataset.users())
@@ -46,8 +49,7 @@ def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_pa
         (mine, manifest), (other, single) = together.load(user), alone.load(user)
         assert manifest.metrics["steps"] == single.metrics["steps"]
         assert manifest.metrics["kept_step"] == single.metrics["kept_step"]
-        # Invariant 1 is 1e-6 a step (tests/population); what is left of it after a run of Adam's steps.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), mine, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), mine, other)
         moved += sum(float(np.abs(leaf).sum()) for site in mine.values() for name, leaf in site.items() if name != "a")
     assert moved > 0, "nothing was trained"
 
