@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from popax.adapters.cohort import Cohort, scales
 from popax.adapters.method import IndexedSite, indexed_rows
+from popax.errors import ConfigError
 from popax.modeling.virtual import virtual_ids
 from popax.types import EMBED, AdapterState, ExpertFactors, ExpertTerms
 
@@ -19,10 +20,10 @@ class SiteAdapters:
     """A SiteFn over the arrays of some sites; the model's layer scan slices the leaves of the layered ones.
 
     slot: None when the state is one user's; else int [B], each row's slot on the state's leading axis, -1 for base
-    only. rows: of a flat batch [M, 1] (popax.modeling.cache.PagedCache): its first so many tokens have a slot each, the
-    others, in groups of equal length, a slot for each group. weight: float32 [B], a factor on each row's delta, which
-    skips the delta altogether where no row has a slot; only methods whose delta is a product with x have other
-    factors than 1 (`Cohort.adds`).
+    only, or int [B, T], each token's. rows: of a flat batch [M, 1] (popax.modeling.cache.PagedCache): its first so many
+    tokens have a slot each, the others, in groups of equal length, a slot for each group. weight: float32 [B], a factor
+    on each row's delta, which skips the delta altogether where no row has a slot; only methods whose delta is a product
+    with x have other factors than 1 (`Cohort.adds`).
     """
 
     cohort: Cohort = dataclasses.field(metadata={"static": True})
@@ -36,12 +37,27 @@ class SiteAdapters:
 
     def __call__(self, x: jax.Array, ys: dict[str, jax.Array]) -> dict[str, jax.Array]:
         adapted = [site for site in ys if site in self.state]
+        if self.by_token:
+            made = self._tokens(_each_alone(x), {site: _each_alone(ys[site]) for site in adapted})
+            return ys | {site: made[site].reshape(ys[site].shape) for site in adapted}
         operands = {site: (self.state[site], self.shared.get(site, {}), self.scale[site]) for site in adapted}
         if self.slot is not None and adapted:
             sites = tuple(IndexedSite(*operands[site], ys[site]) for site in adapted)
             return ys | dict(zip(adapted, self._weighted(sites, x, self.slot), strict=True))
         delta = self.cohort.method.delta
         return ys | {site: delta(*operands[site], x, ys[site], self._dropout(site)) for site in adapted}
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of one row have slots of their own."""
+        return self.slot is not None and self.slot.ndim == 2
+
+    @property
+    def _tokens(self) -> "SiteAdapters":
+        """For a batch of all tokens as rows of one."""
+        assert self.slot is not None
+        weight = None if self.weight is None else jnp.repeat(self.weight, self.slot.shape[1])
+        return dataclasses.replace(self, slot=self.slot.reshape(-1), weight=weight)
 
     def _weighted(self, sites: tuple[IndexedSite, ...], x: jax.Array, slot: jax.Array) -> tuple[jax.Array, ...]:
         if self.weight is None:
@@ -102,6 +118,13 @@ class SiteAdapters:
         method = self.cohort.method.experts
         if method is None or not any(map(self.adapts, sites)):
             return None
+        if self.by_token:
+            terms, shape = self._tokens.expert_terms(_each_alone(x_BxTxD), sites), x_BxTxD.shape[:2]
+            assert terms is not None
+            back = lambda low: None if low is None else low.reshape(*shape, low.shape[-1])  # noqa: E731
+            return ExpertTerms(
+                terms.slot_BxT.reshape(shape), back(terms.gate_BxTxR), back(terms.up_BxTxR), terms.factors
+            )
         slot = None if self.slot is None else self._each_token(self.slot, x_BxTxD.shape[0])
 
         def own(site: str) -> jax.Array | None:
@@ -124,6 +147,9 @@ class SiteAdapters:
         method = self.cohort.method.experts
         if method is None or not self.adapts(site):
             return y_BxTxD
+        if self.by_token:
+            made = self._tokens.after_experts(site, _each_alone(low_BxTxR), _each_alone(y_BxTxD))
+            return made.reshape(y_BxTxD.shape)
         slot = None if self.slot is None else self._each_token(self.slot, y_BxTxD.shape[0])
         return method.after(self.state[site], self.scale[site], self._by_weight(low_BxTxR), y_BxTxD, slot)
 
@@ -137,6 +163,10 @@ class SiteAdapters:
         key = jax.random.fold_in(self.dropout_key, zlib.crc32(site.encode()))
         keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
         return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _each_alone(x_BxTxD: jax.Array) -> jax.Array:
+    return x_BxTxD.reshape(-1, 1, x_BxTxD.shape[-1])
 
 
 @jax.tree_util.register_dataclass
@@ -190,9 +220,16 @@ def bind_slots(
     """Many users' adapters for a batch of mixed rows.
 
     pool: {site: {leaf: [L, S, ...]}}, slots after layers so that the layer scan's slices are contiguous; [S, ...] at
-    sites outside the stacks. slot_B: int [B], -1 for base only. rows: as in SiteAdapters, of a flat batch; slots of its
-    groups follow those of its rows. weight_B: of each row's delta.
+    sites outside the stacks. slot_B: int [B], -1 for base only; or [B, T], a slot for each token, so that parts of a
+    text have adapters of their own (Context-PEFT, arXiv 2312.08900). rows: as in SiteAdapters, of a flat batch; slots
+    of its groups follow those of its rows. weight_B: of each row's delta. Raises ConfigError for slots of tokens where
+    the method puts virtual tokens before a row.
     """
+    if slot_B.ndim == 2 and (cohort.virtual_tokens or rows is not None):
+        raise ConfigError(
+            f"method={cohort.config.method!r}, rows={rows}: a slot for each token is for whole rows, and for methods "
+            "that put no virtual tokens before them"
+        )
     return _bound(cohort, pool, shared, None, Rows(slot_B, weight_B, rows))
 
 

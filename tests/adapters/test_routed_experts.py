@@ -197,6 +197,19 @@ def test_rows_of_mixed_users_are_each_user_alone_and_the_bases_rows_its_own_bits
                 assert np.abs(mixed[row] - base[row]).max() > 1e-3
 
 
+def test_tokens_of_one_row_have_slots_of_their_own(layer):
+    cohort = cohort_of("all")
+    pool = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), users_of(cohort))
+    x, expert, weight = (leaf.reshape(N * B, T, leaf.shape[-1]) for leaf in tokens_of())
+    flat = (x, expert.reshape(-1, K), weight.reshape(-1, K))
+    run = jax.jit(functools.partial(output, layer, cohort))
+    slots = jnp.asarray(np.random.default_rng(3).integers(-1, N, (N * B, T)), jnp.int32)
+    together = run(pool, *flat, slot_B=slots)
+    for slot in range(-1, N):
+        whole = run(pool, *flat, slot_B=jnp.full(N * B, slot, jnp.int32))
+        close(together[slots == slot], whole[slots == slot])
+
+
 def test_a_row_that_is_not_finite_leaves_the_gradients_of_other_slots(layer):
     cohort, slot_B = cohort_of("all"), jnp.asarray([0, 1, -1, 1], jnp.int32)
     pool = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), users_of(cohort))
