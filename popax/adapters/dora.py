@@ -6,6 +6,7 @@ pass: whoever serves an adapter needs no weight of the base's. m and n are kept 
 own columns, so that a fresh adapter is exactly the base. Unlike PEFT's, dropout leaves the base's own term alone.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 
 from popax.adapters import lora
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims, along_last
+from popax.adapters.method import AdapterMethod, Leaves, PeftForm, SiteBase, SiteDims, along_last
 from popax.kernels import stacked_lora
 
 
@@ -74,6 +75,14 @@ def _norm(state: Leaves, shared: Leaves, scale: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.sum(total_F), 0.0))
 
 
+def _peft(state: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "lora_A.weight": state["a"],
+        "lora_B.weight": state["b"].T,
+        "lora_magnitude_vector": shared["norm"] + state["m"],
+    }
+
+
 METHOD = AdapterMethod(
     name="dora",
     state_axes={"a": ("rank", "in"), "b": ("rank", "out"), "m": ("out",), "n": ("out",)},
@@ -88,4 +97,5 @@ METHOD = AdapterMethod(
     inits={"default": True, "gaussian": True},
     linear=False,
     learning_rate=1e-3,
+    peft=PeftForm(record=lambda config: {"use_dora": True}, at_site=_peft),
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, NoOptions, SiteBase, SiteDims, along_last
+from popax.adapters.method import AdapterMethod, Leaves, NoOptions, PeftForm, SiteBase, SiteDims, along_last
 
 
 def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Any) -> Leaves:
@@ -38,6 +38,21 @@ def _merge(
     return w_DxF * gain_F[None], bias_F * gain_F
 
 
+NOT_OF_IA3 = dict.fromkeys(
+    (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        "init_lora_weights",
+        "rank_pattern",
+        "alpha_pattern",
+        "bias",
+        "layers_to_transform",
+        "layers_pattern",
+    )
+)
+
 METHOD = AdapterMethod(
     name="ia3",
     state_axes={"l": ("out",)},
@@ -54,4 +69,9 @@ METHOD = AdapterMethod(
     width=lambda rank, d_in, d_out: 1,
     scaled=False,
     drops=False,
+    # PEFT's own gain of a feed-forward module is on what enters it; these are all on what comes out.
+    peft=PeftForm(
+        record=lambda config: {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True} | NOT_OF_IA3,
+        at_site=lambda state, shared: {"ia3_l": 1.0 + state["l"][:, None]},
+    ),
 )

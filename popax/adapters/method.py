@@ -67,6 +67,19 @@ class ExpertMethod(NamedTuple):
     after: Callable[..., jax.Array]
 
 
+class PeftForm(NamedTuple):
+    """How PEFT keeps an adapter of a method that is no LoRA to it.
+
+    record(config): what its adapter_config.json says otherwise than a LoRA's; None takes an entry out.
+    at_site(state, shared): its tensors at one layer of a site, in numpy, by their names behind the module's; leaves
+        have no columns beyond the layer's rank. whole: they are the whole model's, and no module's name is before them.
+    """
+
+    record: Callable[[AdapterConfig], dict[str, Any]]
+    at_site: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    whole: bool = False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """A method that has none of its own."""
@@ -111,6 +124,7 @@ class AdapterMethod(NamedTuple):
     kind: of the sites it acts on. acts(options, positions): bool, at which positions of a hidden site it does.
     rates(options): leaf -> factor on its learning rate, for those that have one.
     experts: the method at routed experts, None where it has no form there.
+    peft: its form in a PEFT directory. None: as LoRA, where its delta is a product of factors.
     """
 
     name: str
@@ -140,6 +154,7 @@ class AdapterMethod(NamedTuple):
     acts: Callable[[Any, jax.Array], jax.Array] = lambda options, positions: positions >= 0
     rates: Callable[[Any], Mapping[str, float]] = lambda options: {}
     experts: ExpertMethod | None = None
+    peft: PeftForm | None = None
 
 
 def along_last(vector_F: jax.Array, like: jax.Array) -> jax.Array:

@@ -19,11 +19,11 @@ from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.adapters.cohort import Cohort
 from popax.adapters.peft_config import config_of, read_record, record_of
 from popax.adapters.peft_layout import layout_of, module_names
+from popax.adapters.peft_native import PREFIX, native
 from popax.errors import PeftError
 from popax.types import AdapterState, SiteInfo
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 Tensors = dict[str, np.ndarray]
@@ -39,17 +39,22 @@ def save_peft(
     base_name: str = "",
     overwrite: bool = False,
 ) -> Path:
-    """Write one user's adapter as a PEFT LoRA directory; it appears whole or not at all.
+    """Write one user's adapter as a PEFT directory; it appears whole or not at all.
 
+    A method that PEFT has in a form of its own (`AdapterMethod.peft`) is written so. Any other is written as LoRA:
     lora_A [r, D] and lora_B [F, r] of each module, without columns beyond the layer's rank, in the adapter's dtype
-    (float32 where a method's factors do not fit it). A method with shared arrays (lora_xs) is written as its exact LoRA
-    factors and needs `shared`. base_name: the base's path or name for peft. Raises PeftError where the directory exists
-    (overwrite=True replaces one that holds a PEFT adapter and nothing else), where the adapter does not fit the config,
-    or where it cannot be written.
+    (float32 where a method's factors do not fit it); one with shared arrays (lora_xs) as its exact LoRA factors.
+    shared: of the cohort, where it has any. base_name: the base's path or name for peft. Raises PeftError where the
+    directory exists (overwrite=True replaces one that holds a PEFT adapter and nothing else), where PEFT has no form of
+    the method, where the adapter does not fit the config, or where it cannot be written.
     """
     cohort = Cohort(config, tuple(specs.values()))
-    tensors, times = _tensors(cohort, adapter, shared)
-    record = record_of(config, specs, base_name, times)
+    _check_fits(cohort, adapter, shared)
+    if cohort.method.peft is not None:
+        tensors, record = native(cohort, adapter, shared or {}, base_name)
+    else:
+        tensors, times = _tensors(cohort, adapter, shared or {})
+        record = record_of(config, specs, base_name, times)
     files = {
         CONFIG: json.dumps(record, indent=2, sort_keys=True).encode() + b"\n",
         WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
@@ -101,12 +106,9 @@ def load_peft(
     return config, jax.tree.map(jnp.asarray, adapter)
 
 
-def _tensors(cohort: Cohort, adapter: AdapterState, shared: AdapterState | None) -> tuple[Tensors, int]:
-    """The file's tensors, and how many times the cohort's rank they have.
-
-    Raises PeftError where the adapter's leaves are not the cohort's, and where they are no LoRA.
-    """
-    if not cohort.adds:
+def _check_fits(cohort: Cohort, adapter: AdapterState, shared: AdapterState | None) -> None:
+    """Raises PeftError where the adapter's leaves are not the cohort's, and where PEFT has no form of it."""
+    if not cohort.adds and cohort.method.peft is None:
         raise PeftError(
             f"method {cohort.config.method} is no LoRA: its change of a weight is no product of two factors"
         )
@@ -114,11 +116,15 @@ def _tensors(cohort: Cohort, adapter: AdapterState, shared: AdapterState | None)
     if have != want:
         raise PeftError(f"the adapter does not fit its config: its leaves are {have}, the config's {want}")
     if cohort.method.shared_axes and shared is None:
-        raise PeftError(f"method {cohort.method.name} is a LoRA only together with its shared arrays: pass shared=")
+        raise PeftError(f"method {cohort.method.name} is whole only together with its shared arrays: pass shared=")
+
+
+def _tensors(cohort: Cohort, adapter: AdapterState, shared: AdapterState) -> tuple[Tensors, int]:
+    """A LoRA file's tensors, and how many times the cohort's rank they have."""
     tensors: Tensors = {}
     times = 1
     for name, spec in cohort.specs.items():
-        a, b = (np.asarray(factor) for factor in cohort.factors(name, adapter, shared or {}))
+        a, b = (np.asarray(factor) for factor in cohort.factors(name, adapter, shared))
         a, b = (a, b) if spec.info.layers else (a[None], b[None])
         times = a.shape[1] // spec.rank
         for layer, module in enumerate(module_names(spec.info)):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.base import AdapterConfig
-from popax.adapters.method import AdapterMethod, Leaves, SiteBase, SiteDims
+from popax.adapters.method import AdapterMethod, Leaves, PeftForm, SiteBase, SiteDims
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,5 +63,10 @@ METHOD = AdapterMethod(
     scaled=False,
     drops=False,
     kind="embedding",
+    peft=PeftForm(
+        record=lambda config: {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.rank},
+        at_site=lambda state, shared: {"prompt_embeddings": shared["rows"] + state["prompt"]},
+        whole=True,
+    ),
     options=Options,
 )

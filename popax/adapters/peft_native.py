@@ -1,0 +1,57 @@
+"""Adapters that PEFT keeps in a form of its own: DoRA, (IA)^3, prompts. A directory's tensors and its record."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from popax.adapters.cohort import Cohort
+from popax.adapters.peft_config import record_of
+from popax.adapters.peft_layout import module_names
+from popax.errors import PeftError
+from popax.types import AdapterState
+
+PREFIX = "base_model.model."
+
+
+def native(
+    cohort: Cohort, adapter: AdapterState, shared: AdapterState, base_name: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, adapter_config.json) of a method that has `AdapterMethod.peft`; tensors in the adapter's dtype.
+
+    Raises PeftError where PEFT has no module for a site.
+    """
+    form = cohort.method.peft
+    assert form is not None
+    tensors, specs = {}, cohort.specs
+    for name, spec in specs.items():
+        own, common = (jax.tree.map(np.asarray, tree.get(name, {})) for tree in (adapter, shared))
+        axes = cohort.axes()[name]
+        for layer, rank in enumerate(spec.ranks):
+            if not rank:
+                continue
+            at = lambda leaf, layer=layer, spec=spec: leaf[layer] if spec.info.layers else leaf  # noqa: E731
+            state = {leaf: _cut(at(value), axes[leaf][-at(value).ndim :], rank) for leaf, value in own.items()}
+            made = form.at_site(state, {leaf: at(value) for leaf, value in common.items()})
+            before = "" if form.whole else f"{PREFIX}{_module(spec, layer)}."
+            dtype = next(iter(own.values())).dtype
+            tensors |= {before + key: np.ascontiguousarray(value.astype(dtype)) for key, value in made.items()}
+    if form.whole:
+        record = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
+    else:
+        record = record_of(cohort.config, specs, base_name)
+    changed = record | form.record(cohort.config)
+    dropped = {key for key, value in form.record(cohort.config).items() if value is None}
+    return tensors, {key: value for key, value in changed.items() if key not in dropped}
+
+
+def _module(spec, layer: int) -> str:
+    modules = module_names(spec.info)
+    if not modules:
+        raise PeftError(f"site {spec.info.name!r} has no module name in transformers; leave it out of the targets")
+    return modules[layer]
+
+
+def _cut(leaf: np.ndarray, axes: tuple[str, ...], rank: int) -> np.ndarray:
+    """Without what is beyond the layer's rank."""
+    return leaf[tuple(slice(rank) if axis == "rank" else slice(None) for axis in axes)]
