@@ -44,6 +44,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.population.optimizer:constant",
     "popax.population.optimizer:warmup_constant",
     "popax.population.optimizer:warmup_cosine",
+    "popax.training.config:CohortRule",
     "popax.training.config:TrainConfig",
     "popax.training.pretrain:PretrainConfig",
     "popax.evaluation.columns:EvalConfig",

@@ -60,41 +60,55 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
             f"the table is not made by {group.count} processes: give --no_table, then run popax eval in one process"
         )
     door = GinDoor([WIRING, *args.gin_file], args.gin_param)
-    session = _open(args, door, mesh)
-    place = args.catalog or str(session.directory / "catalog")
+    whole = _open(args, door, mesh)
+    place, reports = args.catalog or str(whole.directory / "catalog"), []
+    sessions, alone = whole.by_cohort()
     with StopOnSignal() as stop:
-        report = session.train(
-            everyone=args.everyone, save_config=lambda: door.save(session.directory), stop_requested=stop
-        )
-    trained = len(report.trained)
-    if not report.finished:
-        saved = (
-            f"{trained} users are committed in {place}, those in training are checkpointed in {session.directory} "
-            f"(iteration {report.iterations}); the same command continues from there"
-        )
-        # One process's signal is everybody's.
-        raise Preempted(saved) if group.any_of(stop.preempted) else KeyboardInterrupt(saved)
+        for session in sessions:
+            report = session.train(
+                everyone=args.everyone, save_config=lambda at=session.directory: door.save(at), stop_requested=stop
+            )
+            reports.append(report)
+            trained = sum(len(each.trained) for each in reports)
+            if not report.finished:
+                saved = (
+                    f"{trained} users are committed in {place}, those in training are checkpointed in "
+                    f"{session.directory} (iteration {report.iterations}); the same command continues from there"
+                )
+                # One process's signal is everybody's.
+                raise Preempted(saved) if group.any_of(stop.preempted) else KeyboardInterrupt(saved)
+            if group.leads:
+                print(
+                    f"{place}: {_which(whole, session)}{len(report.trained)} users trained in {report.iterations} "
+                    f"iterations, {report.up_to_date} up to date, {len(report.nothing_to_learn)} with nothing to "
+                    "learn from"
+                )
     if not group.leads:
         return 0
-    print(
-        f"{place}: {trained} users trained in {report.iterations} iterations, {report.up_to_date} up to date, "
-        f"{len(report.nothing_to_learn)} with nothing to learn from"
-    )
+    if alone:
+        print(f"{len(alone)} users stay with the base alone")
     scores = []
     if not args.no_table:
         try:
-            scores = session.compare(report.run)
+            for session, report in zip(sessions, reports, strict=True):
+                scores += session.compare(report.run)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"all users are committed in {place}; the same command makes the table") from None
-    finish(
-        args,
-        "train",
-        {"train": session.config, "data": session.pipeline.config, "base": session.base.digest, "run": report.run},
-        {"users_trained": trained, "users_up_to_date": report.up_to_date, "iterations": report.iterations},
-        scores,
-        started,
-    )
+    counts = {
+        "users_trained": sum(len(report.trained) for report in reports),
+        "users_up_to_date": sum(report.up_to_date for report in reports),
+        "iterations": sum(report.iterations for report in reports),
+        **({"cohorts": len(sessions), "users_of_the_base_alone": len(alone)} if whole.config.cohorts else {}),
+    }
+    record = {"train": whole.config, "data": whole.pipeline.config, "base": whole.base.digest}
+    finish(args, "train", record | {"run": ", ".join(report.run for report in reports)}, counts, scores, started)
     return 0
+
+
+def _which(whole: "Session", session: "Session") -> str:
+    """Of several cohorts, which."""
+    adapter = session.config.adapter
+    return f"{adapter.method} of rank {adapter.rank}: " if whole.config.cohorts else ""
 
 
 def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Session":
@@ -115,7 +129,9 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
     # What does not fit is refused before anything is read or written.
     check_fits(base.model, tokenizer, data.seq_len)
-    Cohort.of(config.adapter, base.model.sites())
+    for adapter in [rule.adapter for rule in config.cohorts] or [config.adapter]:
+        if adapter is not None:
+            Cohort.of(adapter, base.model.sites())
     keys = {"signer": signer_of(args), "trusted": trust_of(args)}
     first = ProcessGroup.current().leader_first
     dataset = first(lambda: open_users(args.data, out / "data", columns, progress=sys.stderr.isatty()))

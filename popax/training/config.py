@@ -1,6 +1,7 @@
 """What a training run is: frozen, keyword-only, and the same for every user of the run."""
 
 import dataclasses
+import re
 
 from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
@@ -9,6 +10,27 @@ from popax.population.bounds import NormKind, check_bounds
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
 from popax.population.state import HParams, hparams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CohortRule:
+    """Users whose id fully matches the pattern `users` have this adapter; None: the base alone, and nothing is trained.
+
+    learning_rate: None is the run's own.
+    """
+
+    users: str = ".*"
+    adapter: AdapterConfig | None = AdapterConfig()  # noqa: RUF009 - frozen
+    learning_rate: float | None = None
+
+    def __post_init__(self):
+        try:
+            re.compile(self.users)
+        except re.error as error:
+            raise ConfigError(f"users={self.users!r} is not a regular expression: {error}") from error
+
+    def has(self, user: str) -> bool:
+        return re.fullmatch(self.users, user) is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +45,15 @@ class TrainConfig:
     every user to the last step and keeps the last adapter. keep_optimizer: the optimizer's state of the adapter that is
     kept is committed beside it, and a user who has one goes on from there: steps are counted on, and with a schedule
     of the step alone (`constant`, `warmup_constant`) two runs give the bytes of one.
+    cohorts: rules that give users adapters of several kinds in one run, instead of `adapter`; the first that matches a
+    user wins (`Session.by_cohort`).
     norm_budget, norm_kind: no step leaves a user's change of all weights larger than this, in this norm (inf: none).
     kl_weight: of the divergence of a user's predictions from the base's, nats a target, in the loss; above 0 each step
     costs a forward pass of the base and one more of the adapters.
     """
 
     adapter: AdapterConfig = AdapterConfig()  # noqa: RUF009 - frozen
+    cohorts: tuple[CohortRule, ...] = ()
     slots: int = 32
     turns: int = 1
     steps: int = 100
@@ -49,6 +74,7 @@ class TrainConfig:
     kl_weight: float = 0.0
 
     def __post_init__(self):
+        object.__setattr__(self, "cohorts", tuple(self.cohorts))
         for name in ("slots", "turns", "steps", "checkpoint_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")

@@ -59,6 +59,8 @@ def train_population(
     record and checkpoints: called again with the same arguments after any kind of stop, the run goes on from the
     latest checkpoint and ends as if it had never stopped. on_start is told where it begins, before the first step.
 
+    One kind of adapter, `config.adapter`: `Session.by_cohort` is what makes several of a config with `cohorts`.
+
     mesh: where the population lies, and on which the base was loaded; None is one device. Its axis `population` divides
     config.slots. A run may go on over another mesh, of other processes. Several processes call this together, each with
     the same arguments, and see the same files.
@@ -136,7 +138,7 @@ def train_population(
 
 def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dict[str, Any]:
     """What decides a run's result, as JSON values; the optimizer with its settings, the schedule by its name only."""
-    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "cohorts"}
     for name in ("optimizer", "schedule"):
         plain[name] = _described(plain[name])
     plain["adapter"] = config.adapter.to_dict()

@@ -39,6 +39,35 @@ class Session:
     directory: Path
     mesh: Mesh | None = None
 
+    def by_cohort(self) -> tuple[list["Session"], list[str]]:
+        """(a session for each rule of `config.cohorts` that has users, who stay with the base alone).
+
+        They share the base, the text and the catalog, and each has a folder of its own in this one's. Without rules it
+        is this session. Raises DataError for users whom no rule matches.
+        """
+        rules = self.config.cohorts
+        if not rules:
+            return [self], []
+        owner = {user: next((at for at, rule in enumerate(rules) if rule.has(user)), None) for user in self.users}
+        left = [user for user, at in owner.items() if at is None]
+        if left:
+            some = ", ".join(map(repr, left[:3]))
+            raise DataError(
+                f"{len(left)} users match no rule of TrainConfig.cohorts ({some}, ...): end with one for '.*', whose "
+                "adapter may be None"
+            )
+        sessions, alone = [], []
+        for at, rule in enumerate(rules):
+            own = [user for user in self.users if owner[user] == at]
+            if rule.adapter is None:
+                alone += own
+            elif own:
+                rate = self.config.learning_rate if rule.learning_rate is None else rule.learning_rate
+                config = dataclasses.replace(self.config, adapter=rule.adapter, learning_rate=rate, cohorts=())
+                place = self.directory / f"cohort-{at}"
+                sessions.append(dataclasses.replace(self, config=config, users=own, directory=place))
+        return sessions, alone
+
     def train(
         self, *, everyone: bool, save_config: Callable[[], object], stop_requested: Callable[[], bool]
     ) -> RunReport:

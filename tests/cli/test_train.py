@@ -162,3 +162,72 @@ def test_a_revision_of_another_configuration_is_not_continued(world, tmp_path, c
     assert main(world.train(tmp_path / "run", "--catalog", catalog, "--gin_param", "AdapterConfig.alpha=4.0")) == 2
     assert "a user continues with the configuration they have" in capsys.readouterr().err
     assert digests(catalog) == digests(world.catalog)
+
+
+COHORTS = r"""
+TrainConfig.cohorts = (@first/CohortRule(), @second/CohortRule(), @rest/CohortRule())
+first/CohortRule.users = 'u0[01]'
+first/CohortRule.adapter = @AdapterConfig()
+second/CohortRule.users = 'u0[0-3]'
+second/CohortRule.adapter = @second/AdapterConfig()
+second/CohortRule.learning_rate = 1e-2
+second/AdapterConfig.method = 'lora_xs'
+rest/CohortRule.adapter = None
+"""
+
+
+@pytest.fixture(scope="module")
+def cohorts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("cohorts") / "cohorts.gin"
+    path.write_text(COHORTS)
+    return str(path)
+
+
+def test_cohorts_of_one_run_are_each_what_it_is_alone(world, cohorts, tmp_path, capsys):
+    """Two methods, the first rule that matches wins, and users of the base alone among them."""
+    report = tmp_path / "report.json"
+    assert main([*world.train(tmp_path / "run", "--gin_file", cohorts), "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert "lora of rank 2: 2 users trained" in out
+    assert "lora_xs of rank 2: 2 users trained" in out
+    assert "1 users stay with the base alone" in out
+    catalog = Catalog.open(str(tmp_path / "run" / "catalog"), read_only=True)
+    methods = {record.user: catalog.history(record.user)[-1].config["method"] for record in catalog.list()}
+    assert methods == {"u00": "lora", "u01": "lora", "u02": "lora_xs", "u03": "lora_xs"}
+    whole, mixed = digests(world.catalog), digests(str(tmp_path / "run" / "catalog"))
+    assert [mixed[user] for user in ("u00", "u01")] == [whole[user] for user in ("u00", "u01")]
+    alone = ["--gin_param", "AdapterConfig.method = 'lora_xs'", "--gin_param", "TrainConfig.learning_rate = 1e-2"]
+    assert main(world.train(tmp_path / "alone", "--no_table", *alone)) == 0
+    other = digests(str(tmp_path / "alone" / "catalog"))
+    assert [mixed[user] for user in ("u02", "u03")] == [other[user] for user in ("u02", "u03")]
+    figures = json.loads(report.read_text())["figures"]
+    assert (figures["users_trained"], figures["cohorts"], figures["users_of_the_base_alone"]) == (4, 2, 1)
+    assert figures["users"] == 4
+
+
+def test_a_stopped_run_of_cohorts_goes_on_where_it_was(world, cohorts, tmp_path, capsys, monkeypatch):
+    write = MetricsWriter.write
+
+    def interrupt_once(self, step, values):
+        write(self, step, values)
+        signal.raise_signal(signal.SIGINT)
+
+    command = world.train(tmp_path, "--no_table", "--gin_file", cohorts)
+    stops = 0
+    monkeypatch.setattr(MetricsWriter, "write", interrupt_once)
+    while (code := main(command)) == 130:
+        stops += 1
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    assert (code, stops > 1) == (0, True)
+    assert "lora_xs of rank 2: 2 users trained" in capsys.readouterr().out
+    assert {user: len(found) for user, found in digests(str(tmp_path / "catalog")).items()} == dict.fromkeys(
+        ("u00", "u01", "u02", "u03"), 1
+    )
+
+
+def test_a_user_of_no_cohort_is_named(world, cohorts, tmp_path, capsys):
+    more = ["--gin_file", cohorts, "--gin_param", "rest/CohortRule.users = 'x'"]
+    assert main(world.train(tmp_path, "--no_table", *more)) == 2
+    assert "1 users match no rule of TrainConfig.cohorts ('u04', ...)" in capsys.readouterr().err
+    assert main(world.train(tmp_path, "--gin_file", cohorts, "--gin_param", "rest/CohortRule.users = '('")) == 2
+    assert "is not a regular expression" in capsys.readouterr().err
