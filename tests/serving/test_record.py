@@ -5,11 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from popax.adapters.apply import bind
+from popax.adapters.base import AdapterConfig
+from popax.adapters.cohort import Cohort
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.serving.generate import generate
 from popax.serving.sampling import Sampling
+from popax.types import NO_ADAPT
 
 MOE = Model(
     ModelConfig(
@@ -28,10 +32,10 @@ def moe_params():
     return MOE.init(jax.random.key(3))
 
 
-def check_against_full_forward(model, params, rows):
+def check_against_full_forward(model, params, rows, adapt=NO_ADAPT):
     @jax.jit
     def full(tokens_1xT):
-        x_BxTxD, _, routes = model.forward(params, tokens_1xT, record_routes=True)
+        x_BxTxD, _, routes = model.forward(params, tokens_1xT, adapt=adapt, record_routes=True)
         return jax.nn.log_softmax(model.logits(params, x_BxTxD)), routes
 
     for prompt, row in zip(PROMPTS, rows, strict=True):
@@ -62,6 +66,24 @@ def test_routes_and_log_probabilities_are_those_of_the_full_forward_pass(moe_par
     plain = generate(MOE, moe_params, PROMPTS, **options)
     assert [row.tokens.tolist() for row in plain] == [row.tokens.tolist() for row in rows]
     assert all(row.record is None for row in plain)
+
+
+def test_what_is_recorded_behind_virtual_tokens_is_of_the_texts_own_tokens(moe_params):
+    """And a replay of it, whose routes the policy objective gives to `forward`, is the same forward pass."""
+    cohort = Cohort.of(AdapterConfig(method="prompt", rank=3), MOE.sites())
+    shared = cohort.shared(*MOE.site_arrays(moe_params))
+    state = {"embed": {"prompt": jax.random.normal(jax.random.key(2), (3, 16))}}
+    adapt = bind(cohort, state, shared)
+    options = {"max_new_tokens": STEPS, "sampling": RULE, "record_routes": True}
+    rows = generate(MOE, moe_params, PROMPTS, adapt=adapt, **options)
+    check_against_full_forward(MOE, moe_params, rows, adapt)
+    record = rows[2].record
+    assert record is not None
+    tokens, routes = jnp.asarray(record.tokens_T[None]), jnp.asarray(record.routes_TxLxK[None])
+    given, _ = MOE.hidden(moe_params, tokens, adapt=adapt, routes_BxTxLxK=routes)
+    np.testing.assert_allclose(given, MOE.hidden(moe_params, tokens, adapt=adapt)[0], rtol=1e-5, atol=1e-5)
+    base = generate(MOE, moe_params, PROMPTS, **options)
+    assert [row.tokens.tolist() for row in rows] != [row.tokens.tolist() for row in base]
 
 
 def test_the_end_token_is_an_action_and_is_recorded(moe_params):
