@@ -27,6 +27,8 @@ from popax.training.config import TrainConfig
 from popax.trees import member
 from popax.types import Batch
 
+WANTED = 0.7  # of the held-out users
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixingConfig:
@@ -125,7 +127,27 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     chosen = float(np.mean([row["search"] < row["chosen_expert"] for row in rows]))
     programs = max(row["programs"] for row in rows)
-    return {**ahead, "search beats the chosen expert": chosen, **means, "users": len(rows), "search programs": programs}
+    gains = {
+        "search gains where it learnt": float(np.mean([row["past_base"] - row["past_search"] for row in rows])),
+        "search gains on later text": float(np.mean([row["base"] - row["search"] for row in rows])),
+    }
+    counts = {"users": len(rows), "search programs": programs}
+    return {**ahead, "search beats the chosen expert": chosen, **means, **gains, **counts}
+
+
+def verdict(figures: dict[str, Any]) -> str:
+    """Whether the search does what Transformer^2 hopes of it, and where it does not, why."""
+    share, later = figures["search beats every expert"], figures["search gains on later text"]
+    said = f"The search is ahead of every single expert for {share:.0%} of the held-out users"
+    if share >= WANTED:
+        return f"{said}: it does what it is for."
+    learnt = figures["search gains where it learnt"]
+    return (
+        f"{said}, fewer than {WANTED:.0%}: it does not do what it is for. On the rows that it learns from it saves "
+        f"{learnt:.4f} bits per byte, on later text {later:.4f} ({later / learnt:.0%} of that), and the best of all "
+        f"experts is known in hindsight only: of the expert that does best on the same rows it is ahead for "
+        f"{figures['search beats the chosen expert']:.0%}."
+    )
 
 
 def _experts(

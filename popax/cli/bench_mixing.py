@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from popax.adapters.base import AdapterConfig
-    from popax.bench.mixing import MixingConfig, bench_mixing, figures_of
+    from popax.bench.mixing import MixingConfig, bench_mixing, figures_of, verdict
     from popax.bench.report import write_report
     from popax.data.pipeline import PipelineConfig, UserPipeline
     from popax.data.records import Columns
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     def report() -> None:
         record = {"mixing": config, "adapter": adapter, "train": train, "data": data, "base": base.digest}
         figures = {**figures_of(rows), "seconds": time.monotonic() - started}
-        write_report(args.json, name="bench mixing", config=record, figures=figures, rows=rows)
+        said = {"verdict": verdict(figures)}
+        write_report(args.json, name="bench mixing", config=record | said, figures=figures, rows=rows)
 
     with tempfile.TemporaryDirectory() as scratch:
         dataset = open_users(args.data, Path(scratch), columns)
@@ -67,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
                     report()  # whole after every user
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{len(rows)} users are in {args.json or 'no report (--json)'}") from None
-    for name, value in figures_of(rows).items():
+    figures = figures_of(rows)
+    for name, value in figures.items():
         print(f"{name:34s} {value:10.4f}")
+    print(verdict(figures))
     return 0

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from popax.bench.mixing import verdict
 from popax.cli.main import main
 
 MIXING = """
@@ -28,7 +29,9 @@ def arguments(world, tmp_path_factory):
 
 def test_each_held_out_user_is_scored_with_every_mix(arguments, capsys):
     assert main(arguments) == 0
-    assert "search beats every expert" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "search beats every expert" in out
+    assert "The search is ahead of every single expert for" in out
     with open(arguments[-1], encoding="utf-8") as file:
         report = json.load(file)
     assert len(report["rows"]) == 2
@@ -41,6 +44,9 @@ def test_each_held_out_user_is_scored_with_every_mix(arguments, capsys):
         assert row["past_descent"] < row["past_equal"]
         assert all(0.0 <= share <= 1.0 for share in row["share_of_each"])
     figures = report["figures"]
+    assert report["config"]["verdict"] == verdict(figures)
+    assert "does what it is for" in verdict(figures | {"search beats every expert": 0.7})
+    assert "fewer than 70%: it does not" in verdict(figures | {"search beats every expert": 0.6})
     assert figures["search programs"] == 1
     assert figures["mean base"] == pytest.approx(sum(row["base"] for row in report["rows"]) / 2)
 

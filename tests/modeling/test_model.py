@@ -36,9 +36,9 @@ class Shift:
 
     @property
     def outer(self) -> "Shift":
-        return self._starting_with("lm_head")
+        return self._starting_with(("lm_head", "embed"))
 
-    def _starting_with(self, prefix: str) -> "Shift":
+    def _starting_with(self, prefix: str | tuple[str, ...]) -> "Shift":
         return Shift({site: amount for site, amount in self.amounts.items() if site.startswith(prefix)})
 
     def adapts(self, site):
@@ -47,6 +47,10 @@ class Shift:
     def hidden(self, site, x_BxTxD, positions_BxT):
         del positions_BxT
         return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+
+    def embedded(self, x_BxTxD, tokens_BxT):
+        del tokens_BxT
+        return self._shifted("embed", x_BxTxD)
 
     def expert_terms(self, x_BxTxD, sites):
         """Features of rank 1 that are the amount, or nothing, and factors of ones."""
