@@ -67,7 +67,9 @@ def generate(
     if not lengths or min(lengths) == 0:
         raise DataError("generation needs at least one prompt, and every prompt at least one token (the BOS, say)")
     _check_request(model, prompts, max_new_tokens, seeds)
-    ahead_B = adapt.virtual_tokens * np.asarray(adapt.outer.has_virtual(len(prompts)), int)
+    ahead_B = np.zeros(len(prompts), int)
+    if adapt.virtual_tokens:
+        ahead_B = adapt.virtual_tokens * np.asarray(adapt.outer.has_virtual(len(prompts)), int)
     texts = [[*virtual_ids(ahead), *prompt] for ahead, prompt in zip(ahead_B, prompts, strict=True)]
     lengths = [len(text) for text in texts]
     if max(lengths) + max_new_tokens > model.config.max_seq_len:
