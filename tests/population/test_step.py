@@ -53,8 +53,8 @@ def assert_same_bytes(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
 
 
-# Two factors, derived leaves, a core, a tied vector, hidden states: all that a step can see of a method.
-OF_EACH_FORM = ("lora", "dora", "lora_xs", "tiny_lora", "reft")
+# Two factors, derived leaves, a core, a tied vector, hidden states, virtual tokens: what a step can see of a method.
+OF_EACH_FORM = ("lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt")
 # An optimizer sees leaves, whatever their method: all of them with two methods, and all methods with one of them.
 COMBINATIONS = [
     (method, name) for method in METHODS for name in OPTIMIZERS if name == "adamw" or method in ("lora", "svf")
