@@ -66,7 +66,8 @@ def test_adapters_reach_both_stacks_latents_experts_and_router():
     assert {"dense_layers.mlp.up_proj", "dense_layers.attn.kv_a_proj"} <= set(make(1).cohort.specs)
     default = Cohort.of(AdapterConfig(rank=2), MODEL.sites()).specs
     routed = {f"layers.moe.{name}" for name in ("router", *(f"experts.{w}_proj" for w in ("gate", "up", "down")))}
-    assert set(MODEL.sites()) - set(default) == {*routed, "lm_head", "layers.out", "dense_layers.out"}  # off by default
+    off = {*routed, "lm_head", "layers.out", "dense_layers.out", "embed"}
+    assert set(MODEL.sites()) - set(default) == off
 
 
 @pytest.mark.slow
