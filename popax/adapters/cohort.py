@@ -76,6 +76,11 @@ class Cohort:
         return self.method.factors is not None
 
     @property
+    def merges(self) -> bool:
+        """Whether an adapter is a change of weights, which `merge` makes."""
+        return self.adds or self.method.merge is not None
+
+    @property
     def virtual_tokens(self) -> int:
         """How many a user's prompt has, in front of every text (popax.modeling.virtual)."""
         return sum(spec.rank for spec in self.sites if spec.info.kind == "embedding")
@@ -201,7 +206,7 @@ class Cohort:
         where the base has no bias and the method makes none.
         """
         spec, method = self.specs[name], self.method
-        if method.factors is None and method.merge is None:
+        if not self.merges:
             raise ConfigError(f"method={self.config.method!r} changes no weight: there is nothing to merge")
         leaves, common = self._wide(self.spread(adapter)[name]), self._wide(shared.get(name, {}))
 

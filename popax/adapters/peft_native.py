@@ -8,7 +8,6 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.adapters.peft_config import record_of
 from popax.adapters.peft_layout import module_names
-from popax.errors import PeftError
 from popax.types import AdapterState
 
 PREFIX = "base_model.model."
@@ -23,7 +22,10 @@ def native(
     """
     form = cohort.method.peft
     assert form is not None
-    tensors, specs = {}, cohort.specs
+    tensors, specs, changes = {}, cohort.specs, form.record(cohort.config)
+    record = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
+    if not form.whole:
+        record = record_of(cohort.config, specs, base_name)  # which refuses sites without a module
     for name, spec in specs.items():
         own, common = (jax.tree.map(np.asarray, tree.get(name, {})) for tree in (adapter, shared))
         axes = cohort.axes()[name]
@@ -33,23 +35,11 @@ def native(
             at = lambda leaf, layer=layer, spec=spec: leaf[layer] if spec.info.layers else leaf  # noqa: E731
             state = {leaf: _cut(at(value), axes[leaf][-at(value).ndim :], rank) for leaf, value in own.items()}
             made = form.at_site(state, {leaf: at(value) for leaf, value in common.items()})
-            before = "" if form.whole else f"{PREFIX}{_module(spec, layer)}."
+            before = "" if form.whole else f"{PREFIX}{module_names(spec.info)[layer]}."
             dtype = next(iter(own.values())).dtype
             tensors |= {before + key: np.ascontiguousarray(value.astype(dtype)) for key, value in made.items()}
-    if form.whole:
-        record = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
-    else:
-        record = record_of(cohort.config, specs, base_name)
-    changed = record | form.record(cohort.config)
-    dropped = {key for key, value in form.record(cohort.config).items() if value is None}
-    return tensors, {key: value for key, value in changed.items() if key not in dropped}
-
-
-def _module(spec, layer: int) -> str:
-    modules = module_names(spec.info)
-    if not modules:
-        raise PeftError(f"site {spec.info.name!r} has no module name in transformers; leave it out of the targets")
-    return modules[layer]
+    kept = {key: value for key, value in record.items() if key not in changes}
+    return tensors, kept | {key: value for key, value in changes.items() if value is not None}
 
 
 def _cut(leaf: np.ndarray, axes: tuple[str, ...], rank: int) -> np.ndarray:

@@ -13,9 +13,6 @@ from popax.cli.users.shared import which
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from popax.data.tokenize import Tokenizer
-    from popax.modeling.base import Base
-
 NAME = "generate"
 HELP = "Continue a prompt for several users at once, each with their own adapter."
 EXAMPLE = (
@@ -73,20 +70,27 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     from popax.data.tokenize import load_tokenizer
     from popax.distributed.group import ProcessGroup
     from popax.errors import ConfigError
+    from popax.evaluation.dispatch import QUESTION, by_prompt
     from popax.serving.sampling import Sampling
     from popax.serving.text import generate_text
     from popax.store.catalog import Catalog
 
-    base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
+    experts = _experts(args)
     users, prompts = args.user or ["base"], args.prompt
-    if args.expert:
-        users = _dispatched(args, base, tokenizer)
-    elif len(prompts) == 1:
-        prompts = prompts * len(users)
-    if len(prompts) != len(users):
-        raise ConfigError(f"{len(prompts)} prompts for {len(users)} users: give one --prompt, or one for each --user")
-    if args.catalog is None and set(users) != {"base"}:
-        raise ConfigError(f"--user {users[0]} needs --catalog DIR, where the adapters are")
+    if not experts:
+        prompts = prompts * len(users) if len(prompts) == 1 else prompts
+        if len(prompts) != len(users):
+            raise ConfigError(
+                f"{len(prompts)} prompts for {len(users)} users: give one --prompt, or one for each --user"
+            )
+    named = set(experts.values()) or set(users)
+    if args.catalog is None and named != {"base"}:
+        raise ConfigError(f"{min(named - {'base'})} needs --catalog DIR, where the adapters are")
+    base, tokenizer = base_of(args, mesh), load_tokenizer(args.tokenizer or args.base)
+    if experts:
+        labels, question = list(experts), args.question or QUESTION
+        chosen = [int(by_prompt(base, tokenizer, text, labels, question).argmax()) for text in prompts]
+        users = [experts[labels[at]] for at in chosen]
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     rows = generate_text(
         base,
@@ -109,17 +113,19 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     return 0
 
 
-def _dispatched(args: argparse.Namespace, base: "Base", tokenizer: "Tokenizer") -> list[str]:
-    """Who continues each prompt."""
+def _experts(args: argparse.Namespace) -> dict[str, str]:
+    """Who has which label; {} without --expert."""
     from popax.errors import ConfigError
-    from popax.evaluation.dispatch import QUESTION, by_prompt
 
+    if args.question and ("{text}" not in args.question or "{labels}" not in args.question):
+        raise ConfigError(f"--question {args.question!r}: it has {{text}} and {{labels}} in it")
+    if not args.expert:
+        if args.question:
+            raise ConfigError("--question is of --expert: give both, or neither")
+        return {}
     if args.user:
         raise ConfigError("--user says who continues a prompt, --expert asks the base for it: give one of them")
     named = dict(expert.partition("=")[::2] for expert in args.expert)
-    if len(named) < len(args.expert) or not all(named.values()):
-        raise ConfigError(f"--expert {' '.join(args.expert)}: LABEL=WHO, each label once")
-    labels, question = list(named), args.question or QUESTION
-    if "{text}" not in question or "{labels}" not in question:
-        raise ConfigError(f"--question {question!r}: it has {{text}} and {{labels}} in it")
-    return [named[labels[int(by_prompt(base, tokenizer, text, labels, question).argmax())]] for text in args.prompt]
+    if len(named) < max(2, len(args.expert)) or not all(named.values()):
+        raise ConfigError(f"--expert {' '.join(args.expert)}: LABEL=WHO, at least two, and each label once")
+    return named

@@ -17,6 +17,8 @@ from popax.data.tokenize import Tokenizer
 from popax.errors import DataError
 from popax.modeling.base import Base
 from popax.modeling.model import Model
+from popax.serving.generate import power_of_two
+from popax.serving.text import encode_prompt
 from popax.types import Batch, Params
 
 QUESTION = "Text: {text}\nWhich of these does the text belong to: {labels}?\nAnswer:"
@@ -33,13 +35,15 @@ def by_prompt(
     """
     if len(labels) < 2:
         raise DataError(f"labels={list(labels)}: at least two to choose from")
-    before = tokenizer.encode(question.format(text=text, labels=", ".join(labels))).ids.tolist()
+    # The text last: it may hold anything.
+    before = encode_prompt(tokenizer, question.replace("{labels}", ", ".join(labels)).replace("{text}", text))
     after = [tokenizer.encode(" " + label).ids.tolist() for label in labels]
     width = len(before) + max(map(len, after))
     if width > base.model.config.max_seq_len:
         raise DataError(
             f"the question has {width} tokens, the model's context {base.model.config.max_seq_len}: shorten the text"
         )
+    width = power_of_two(width)  # few shapes are compiled; later positions are invisible to earlier ones
     tokens = np.zeros((len(labels), width + 1), np.int32)
     weights = np.zeros((len(labels), width), np.float32)
     for row, own in enumerate(after):

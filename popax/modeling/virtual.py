@@ -20,7 +20,7 @@ def virtual_ids(count: int) -> list[int]:
 
 
 class Placed(NamedTuple):
-    """A batch's arrays with virtual tokens in front of each row, and its mask bool [B, T, T]."""
+    """A batch's arrays with virtual tokens in front of each row."""
 
     tokens_BxT: jax.Array
     positions_BxT: jax.Array

@@ -77,7 +77,7 @@ def generate(
             f"a prompt of {max(lengths)} tokens{_of_which(ahead_B)} and {max_new_tokens} new ones exceed the model's "
             f"max_seq_len={model.config.max_seq_len}: shorten either"
         )
-    width, steps = _power_of_two(max(lengths)), _power_of_two(max_new_tokens)
+    width, steps = power_of_two(max(lengths)), power_of_two(max_new_tokens)
     tokens_BxT = np.zeros((len(prompts), width), np.int32)
     positions_BxT = np.full((len(prompts), width), -1, np.int32)
     for row, text in enumerate(texts):
@@ -159,7 +159,8 @@ def _cut(tokens_T: np.ndarray, end_id: int | None) -> Generated:
     return Generated(tokens_T[: ends[0]], True) if ends.size else Generated(tokens_T, False)
 
 
-def _power_of_two(value: int) -> int:
+def power_of_two(value: int) -> int:
+    """The smallest one that is at least this, and 8 at least: lengths that programs are compiled for."""
     return 1 << max(3, (value - 1).bit_length())
 
 

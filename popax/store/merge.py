@@ -20,7 +20,7 @@ def merged_base(catalog: Catalog, base: Base, terms: Sequence[Term]) -> Base:
 
     One revision of weight 1 may be of any method that changes weights; sums are those of `popax.adapters.compose`.
     Raises BaseMismatchError for another base's adapter; ComposeError where there is nothing to merge, and where an
-    adapter gives a site a bias that the base has no place for; ConfigError of a method that changes no weight.
+    adapter gives a site a bias that the base has no place for, and of a method that changes no weight.
     """
     if not terms:
         raise ComposeError("there is no adapter to merge")
@@ -35,6 +35,8 @@ def merged_base(catalog: Catalog, base: Base, terms: Sequence[Term]) -> Base:
     if len(parts) > 1 or parts[0].weight != 1.0:
         cohort, adapter, _ = compose(parts, "cat")
         shared = {}
+    if not cohort.merges:
+        raise ComposeError(f"method={cohort.config.method!r} changes no weight: serve it as an adapter")
     adapter, shared = jax.tree.map(jnp.asarray, (adapter, shared))
     params = base.params
     for site in cohort.specs:

@@ -61,11 +61,13 @@ class Session:
             own = [user for user in self.users if owner[user] == at]
             if rule.adapter is None:
                 alone += own
-            elif own:
+            elif any(self.pipeline.dataset.num_examples(user) >= self.config.min_examples for user in own):
                 rate = self.config.learning_rate if rule.learning_rate is None else rule.learning_rate
                 config = dataclasses.replace(self.config, adapter=rule.adapter, learning_rate=rate, cohorts=())
                 place = self.directory / f"cohort-{at}"
                 sessions.append(dataclasses.replace(self, config=config, users=own, directory=place))
+        if not sessions and not alone:
+            raise DataError(f"no users to train: nobody has min_examples={self.config.min_examples} examples")
         return sessions, alone
 
     def train(

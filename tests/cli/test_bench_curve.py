@@ -74,7 +74,7 @@ def test_who_is_who():
 @pytest.mark.parametrize(
     ("param", "words"),
     [
-        ("CurveConfig.users = 99", "asks for 99"),
+        ("CurveConfig.users = 99", "99 (CurveConfig.users) are asked for"),
         ("CurveConfig.users = 1", "users=1"),
         ("CurveConfig.rates = (0.0,)", "rates"),
     ],

@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from popax.adapters.apply import bind
+from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.cli.main import main
 from popax.modeling.base import load_base, new_base, save_base
 from popax.store.catalog import Catalog
+from popax.store.layout import RowLayout
 
 TOKENS = jnp.asarray([[5, 60, 70, 3, 99, 41]])
 
@@ -69,3 +72,20 @@ def test_another_bases_adapter_is_refused(world, tmp_path, capsys):
 def test_bad_input_is_one_line(world, tmp_path, capsys, terms, words):
     assert main(["merge", world.catalog, *terms, "--base", world.base, "--out", str(tmp_path / "x")]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "targets", "words"),
+    [("prompt", "embed", "changes no weight"), ("bias", r"layers\.attn\.q_proj", "no place")],
+)
+def test_what_no_weight_holds_is_refused(world, tmp_path, capsys, method, targets, words):
+    base, catalog = load_base(world.base), Catalog.open(tmp_path / "catalog", create=True)
+    cohort = Cohort.of(AdapterConfig(method=method, rank=2, targets=targets), base.model.sites())
+    shared = cohort.shared(*base.model.site_arrays(base.params))
+    layout = RowLayout.of(cohort.abstract())
+    stored = catalog.cohort(cohort.config, cohort.specs, base.digest, layout, shared or None)
+    catalog.commit(stored, "ada", jax.tree.map(np.asarray, cohort.init(jax.random.key(0))))
+    arguments = ["merge", str(tmp_path / "catalog"), "ada", "--base", world.base, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

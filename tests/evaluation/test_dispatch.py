@@ -23,9 +23,10 @@ def base():
 
 def test_the_base_is_asked_for_each_label(base):
     tokenizer, question = load_tokenizer("byte"), "{text}|{labels}|"
-    own = by_prompt(base, tokenizer, "ab", ["law", "chemistry"], question)
+    own = by_prompt(base, tokenizer, "{labels}", ["law", "chemistry"], question)
     for label, logp in zip(("law", "chemistry"), own, strict=True):
-        before, after = (tokenizer.encode(each).ids.tolist() for each in ("ab|law, chemistry|", f" {label}"))
+        before, after = (tokenizer.encode(each).ids.tolist() for each in ("{labels}|law, chemistry|", f" {label}"))
+        before = [tokenizer.bos_id, *before]  # as before any prompt
         tokens = [*before, *after]
         logps = jax.nn.log_softmax(base.model(base.params, jnp.asarray([tokens]))[0])
         wanted = sum(float(logps[at - 1, tokens[at]]) for at in range(len(before), len(tokens)))
