@@ -108,7 +108,8 @@ class SiteFn(Protocol):
 
     Sites that share their input are named together, as q, k and v are, so that their adapters can be one launch.
     adapts(site): whether y' can differ from y there. Where it cannot, a model may do without making y.
-    hidden(site, x, positions): what a site of kind "hidden" makes of x [B, T, D], whose tokens are at these positions.
+    hidden(site, x, positions, cache): (what a site of kind "hidden" makes of x [B, T, D], whose tokens are at these
+    positions, the layer's cache with what is remembered of them); cache: a `popax.modeling.cache.CacheView`, or None.
     embedded(x, tokens): the embeddings x [B, T, D] of tokens [B, T], with those of virtual tokens in their places.
     has_virtual(batch): bool [batch], the rows that have virtual tokens.
 
@@ -122,7 +123,7 @@ class SiteFn(Protocol):
 
     def adapts(self, site: str) -> bool: ...
 
-    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array: ...
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: Any) -> tuple[jax.Array, Any]: ...
 
     def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array: ...
 
@@ -139,11 +140,14 @@ class Adapt(Protocol):
     `layers` is a pytree-callable whose leaves are [L, ...]; the model's layer scan slices it, and the slice is a
     SiteFn for the sites named `layers.*`. `dense_layers` is the same for the layers before the first mixture of
     experts, where a model has such a stack. `outer` is a SiteFn for every other site. `virtual_tokens`: how many a row
-    may have in front of it.
+    may have in front of it. `memory`: how many numbers a layer remembers of a text, which a cache has to keep.
     """
 
     @property
     def virtual_tokens(self) -> int: ...
+
+    @property
+    def memory(self) -> int: ...
 
     @property
     def dense_layers(self) -> Any: ...
@@ -162,6 +166,10 @@ class NoAdapt:
 
     @property
     def virtual_tokens(self) -> int:
+        return 0
+
+    @property
+    def memory(self) -> int:
         return 0
 
     @property
@@ -184,9 +192,9 @@ class NoAdapt:
         del site
         return False
 
-    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         del site, positions_BxT
-        return x_BxTxD
+        return x_BxTxD, cache
 
     def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
         del tokens_BxT

@@ -1,13 +1,15 @@
 """Adapters bound to a model: the callable pytree that a model calls at its sites (popax.types.Adapt)."""
 
 import dataclasses
+import functools
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from popax.adapters.cohort import Cohort, scales
+from popax.adapters.memory import Reader, recall_rows
 from popax.adapters.method import IndexedSite, indexed_rows
 from popax.errors import ConfigError
 from popax.modeling.virtual import virtual_ids
@@ -97,11 +99,29 @@ class SiteAdapters:
     def adapts(self, site: str) -> bool:
         return site in self.state
 
-    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         if not self.adapts(site):
-            return x_BxTxD
-        acts = self.cohort.method.acts(self.cohort.options, positions_BxT)
-        return jnp.where(acts[..., None], self(x_BxTxD, {site: x_BxTxD})[site], x_BxTxD)
+            return x_BxTxD, cache
+        if self.cohort.method.memory is None:
+            acts = self.cohort.method.acts(self.cohort.options, positions_BxT)
+            return jnp.where(acts[..., None], self(x_BxTxD, {site: x_BxTxD})[site], x_BxTxD), cache
+        recall = functools.partial(self._recall, site)
+        if cache is not None:
+            return cache.recall(x_BxTxD, recall)
+        rows = x_BxTxD.shape[0]
+        nothing_BxW = jnp.zeros((rows, self.cohort.memory), jnp.float32)
+        return recall(jnp.arange(rows), nothing_BxW, x_BxTxD, positions_BxT)[0], None
+
+    def _recall(
+        self, site: str, sequences_B: jax.Array, before_BxW: jax.Array, x_BxTxD: jax.Array, positions_BxT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        form, operands = self.cohort.method.memory, (self.state[site], self.shared.get(site, {}), self.scale[site])
+        assert form is not None
+        reader, slot_B = Reader(form, form.width(self.cohort.specs[site].rank), *operands), None
+        if self.slot is not None:
+            slot_B = self.slot[sequences_B]
+        rows = (slot_B, before_BxW, self._drop(site, x_BxTxD), x_BxTxD, positions_BxT)
+        return recall_rows(reader, *rows, skips=self.weight is not None)
 
     def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
         if not self.adapts(EMBED):
@@ -182,6 +202,10 @@ class BoundAdapter:
     def virtual_tokens(self) -> int:
         return self.outer.cohort.virtual_tokens
 
+    @property
+    def memory(self) -> int:
+        return self.outer.cohort.memory
+
 
 class Rows(NamedTuple):
     """What SiteAdapters has of a batch of mixed rows."""
@@ -223,12 +247,12 @@ def bind_slots(
     sites outside the stacks. slot_B: int [B], -1 for base only; or [B, T], a slot for each token, so that parts of a
     text have adapters of their own (Context-PEFT, arXiv 2312.08900). rows: as in SiteAdapters, of a flat batch; slots
     of its groups follow those of its rows. weight_B: of each row's delta. Raises ConfigError for slots of tokens where
-    the method puts virtual tokens before a row.
+    the method puts virtual tokens before a row, or remembers.
     """
-    if slot_B.ndim == 2 and (cohort.virtual_tokens or rows is not None):
+    if slot_B.ndim == 2 and (cohort.virtual_tokens or cohort.memory or rows is not None):
         raise ConfigError(
             f"method={cohort.config.method!r}, rows={rows}: a slot for each token is for whole rows, and for methods "
-            "that put no virtual tokens before them"
+            "that put no virtual tokens before them and remember nothing from token to token"
         )
     return _bound(cohort, pool, shared, None, Rows(slot_B, weight_B, rows))
 

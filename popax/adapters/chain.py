@@ -7,6 +7,7 @@ users of any cohort, and a token with a slot in several sets has the exact sum o
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,10 @@ class ChainedSites:
     def adapts(self, site: str) -> bool:
         return any(link.adapts(site) for link in self.links)
 
-    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array) -> jax.Array:
+    def hidden(self, site: str, x_BxTxD: jax.Array, positions_BxT: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         for link in self.links:
-            x_BxTxD = link.hidden(site, x_BxTxD, positions_BxT)
-        return x_BxTxD
+            x_BxTxD, cache = link.hidden(site, x_BxTxD, positions_BxT, cache)
+        return x_BxTxD, cache
 
     def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
         for link in self.links:
@@ -69,6 +70,10 @@ class ChainedAdapters:
         if len(counts) > 1:
             raise ConfigError(f"prompts of {sorted(counts)} virtual tokens in one batch: only a cache has each of them")
         return max(counts, default=0)
+
+    @property
+    def memory(self) -> int:
+        return max(link.cohort.memory for link in self.outer.links)
 
 
 def chain(bound: Sequence[BoundAdapter]) -> Adapt:

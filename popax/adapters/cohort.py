@@ -85,6 +85,12 @@ class Cohort:
         """How many a user's prompt has, in front of every text (popax.modeling.virtual)."""
         return sum(spec.rank for spec in self.sites if spec.info.kind == "embedding")
 
+    @property
+    def memory(self) -> int:
+        """How many numbers an adapter remembers of a text at each layer (popax.adapters.memory); 0 for none."""
+        form = self.method.memory
+        return 0 if form is None else form.width(max(spec.rank for spec in self.sites))
+
     def shared(
         self, weight: Callable[[str], jax.Array], bias: Callable[[str], jax.Array | None] = lambda site: None
     ) -> AdapterState:
@@ -94,8 +100,10 @@ class Cohort:
         """
 
         def at_site(spec: SiteSpec) -> dict[str, jax.Array]:
-            name, layers, w = spec.info.name, spec.info.layers, weight(spec.info.name)
-            b = _or_zeros(bias(name), w, spec)
+            name, layers = spec.info.name, spec.info.layers
+            hidden = spec.info.kind == "hidden"  # without a weight
+            w = jnp.zeros((layers, 0, 0)) if hidden else weight(name)
+            b = _or_zeros(None if hidden else bias(name), w, spec)
             key = jax.random.key(zlib.crc32(name.encode()))
             one = lambda mask_R, base: self.method.shared(self._dims(spec), mask_R, base, self.options)  # noqa: E731
             if not layers:
@@ -180,17 +188,11 @@ class Cohort:
         """The adapter with what its method derives from its other leaves computed anew; weight as in `shared`."""
         if self.method.refresh is None:
             return adapter
-        return adapter | {
-            name: _over_layers(
-                self.method.refresh,
-                spec,
-                adapter[name],
-                shared.get(name, {}),
-                scales(spec),
-                weight(name) if spec.info.kind == "linear" else None,
-            )
-            for name, spec in self.specs.items()
-        }
+        fresh = {}
+        for name, spec in self.specs.items():
+            w = weight(name) if spec.info.kind == "linear" else None
+            fresh[name] = _over_layers(self.method.refresh, spec, adapter[name], shared.get(name, {}), scales(spec), w)
+        return adapter | fresh
 
     def merge(
         self,

@@ -14,6 +14,7 @@ from popax.adapters.base import AdapterConfig
 from popax.types import SiteKind
 
 Leaves = dict[str, jax.Array]
+Drop = Callable[[jax.Array], jax.Array]
 TIED = "tied"  # the one entry of an adapter whose leaves belong to groups of sites
 
 
@@ -34,7 +35,7 @@ class SiteDims(NamedTuple):
 
 class SiteBase(NamedTuple):
     """What a site's shared arrays are made of, at one layer: the base's own, the adapters' scale there (0 where none
-    acts), and a key of that place, the same in every run."""
+    acts), and a key of that place, the same in every run. A hidden site has no weight: w is [0, 0]."""
 
     key: jax.Array
     w_DxF: jax.Array
@@ -65,6 +66,23 @@ class ExpertMethod(NamedTuple):
     own: Callable[[Leaves], jax.Array]
     before: Callable[..., jax.Array]
     after: Callable[..., jax.Array]
+
+
+class MemoryForm(NamedTuple):
+    """A method that remembers, for ONE user at ONE layer of ONE site.
+
+    width(rank): how many float32 numbers the state of a text is.
+    start(state): the float32 state [W] of a text of which nothing has been read.
+    tokens(state, shared, x_TxD): what is made of each token by itself, a pytree of [T, ...].
+    step(memory_W, position, token): (the state after this token, what is read of the state before it [...]).
+    output(state, shared, scale, read_Tx, y_TxD): y with what was read.
+    """
+
+    width: Callable[[int], int]
+    start: Callable[[Leaves], jax.Array]
+    tokens: Callable[[Leaves, Leaves, jax.Array], Any]
+    step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+    output: Callable[[Leaves, Leaves, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class PeftForm(NamedTuple):
@@ -123,6 +141,7 @@ class AdapterMethod(NamedTuple):
     variant(config): the row for this config, where starts or options have arrays of their own.
     kind: of the sites it acts on. acts(options, positions): bool, at which positions of a hidden site it does.
     rates(options): leaf -> factor on its learning rate, for those that have one.
+    memory: of a hidden site, where what a token gets depends on the tokens before it; `delta` is then of whole texts.
     experts: the method at routed experts, None where it has no form there.
     peft: its form in a PEFT directory. None: as LoRA, where its delta is a product of factors.
     """
@@ -153,6 +172,7 @@ class AdapterMethod(NamedTuple):
     kind: SiteKind = "linear"
     acts: Callable[[Any, jax.Array], jax.Array] = lambda options, positions: positions >= 0
     rates: Callable[[Any], Mapping[str, float]] = lambda options: {}
+    memory: MemoryForm | None = None
     experts: ExpertMethod | None = None
     peft: PeftForm | None = None
 
@@ -172,13 +192,16 @@ def indexed_rows(
 
 
 def _gathered(delta: Callable[..., jax.Array], site: IndexedSite, x_BxTxD: jax.Array, slot_B: jax.Array) -> jax.Array:
-    own_B = slot_B >= 0
-    state_B = jax.tree.map(lambda leaf: leaf[jnp.maximum(slot_B, 0)], site.state)
-    # Nobody's row takes no part in anybody's sums, forward or backward, whatever it and slot 0 hold.
-    state_B = jax.tree.map(lambda leaf: jnp.where(_wide(own_B, leaf), leaf, jnp.zeros((), leaf.dtype)), state_B)
     one = lambda state, x, y: delta(state, site.shared, site.scale, x, y, lambda features: features)  # noqa: E731
-    out_BxTxF = jax.vmap(one)(state_B, x_BxTxD, site.y_BxTxF)
-    return jnp.where(own_B[:, None, None], out_BxTxF, site.y_BxTxF)
+    out_BxTxF = jax.vmap(one)(rows_of(site.state, slot_B), x_BxTxD, site.y_BxTxF)
+    return jnp.where((slot_B >= 0)[:, None, None], out_BxTxF, site.y_BxTxF)
+
+
+def rows_of(state: Leaves, slot_B: jax.Array) -> Leaves:
+    """Each row's state [B, ...], of leaves [S, ...]; zeros where its slot is -1."""
+    # Nobody's row takes no part in anybody's sums, forward or backward, whatever it and slot 0 hold.
+    gathered_B = jax.tree.map(lambda leaf: leaf[jnp.maximum(slot_B, 0)], state)
+    return jax.tree.map(lambda leaf: jnp.where(_wide(slot_B >= 0, leaf), leaf, jnp.zeros((), leaf.dtype)), gathered_B)
 
 
 def _wide(own_B: jax.Array, leaf: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from popax.adapters import bias, conditioned, dora, ia3, lora, lora_xs, prompt, reft, svf, tiny_lora, vera
+from popax.adapters import bias, conditioned, delta_mem, dora, ia3, lora, lora_xs, prompt, reft, svf, tiny_lora, vera
 from popax.adapters.base import AdapterConfig
 from popax.adapters.method import AdapterMethod
 from popax.errors import ConfigError
@@ -20,6 +20,7 @@ METHODS: dict[str, AdapterMethod] = {
         bias.METHOD,
         reft.METHOD,
         prompt.METHOD,
+        delta_mem.METHOD,
         conditioned.METHOD,
     )
 }
@@ -28,6 +29,7 @@ ROWS: dict[str, AdapterConfig] = {
     **{name: AdapterConfig(method=name) for name in METHODS},
     **{f"lora/{start}": AdapterConfig(method="lora", init=start) for start in lora.STARTS},
     "svf/renormalise": AdapterConfig(method="svf", options={"renormalise": True}),
+    "delta_mem/segments": AdapterConfig(method="delta_mem", options={"segment": 2, "states": 2, "keep": True}),
 }
 
 

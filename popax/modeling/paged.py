@@ -1,12 +1,13 @@
 """A cache in pages: what a batch of tokens of many sequences writes and reads, each in its own pages."""
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from popax.errors import ConfigError
-from popax.modeling.cache import DTYPES, Attend, PagedCache, token_places
+from popax.modeling.cache import DTYPES, Attend, PagedCache, RaggedCache, Recall, memory_of, token_places
 from popax.modeling.config import ModelConfig
 
 
@@ -50,6 +51,11 @@ class PagedLayer:
         )
         return dataclasses.replace(self, cache=self.cache._replace(pages=pages))
 
+    def recall(self, x_BxTxD: jax.Array, recall: Recall) -> tuple[jax.Array, "PagedLayer"]:
+        """As `CacheView.recall`."""
+        y_BxTxD, cache = recalled(self.cache, self.layer, self.positions_Mx1, x_BxTxD, recall)
+        return y_BxTxD, dataclasses.replace(self, cache=cache)
+
     def attend(self, queries: jax.Array, attend: Attend) -> jax.Array:
         """Rows and groups each over their own pages: two attentions, of T = 1 and of a group's length."""
         rows, groups = self.cache.row_pages_RxN.shape[0], self.cache.group_pages_GxN.shape[0]
@@ -81,3 +87,42 @@ class PagedLayer:
         found = found.reshape(batch, heads, count * page, width)
         # A transposition that attention takes back: what it multiplies is what was gathered.
         return found[:, 0] if len(self.cache.pages) == 1 else found.transpose(0, 2, 1, 3)
+
+
+Pages = TypeVar("Pages", PagedCache, RaggedCache)
+
+
+def recalled(
+    cache: Pages, layer: jax.Array, positions_Mx1: jax.Array, x_Mx1xD: jax.Array, recall: Recall
+) -> tuple[jax.Array, Pages]:
+    """`CacheView.recall` over pages: all rows at once, then one group after the other.
+
+    A group may go on where one before it ends, with what that one has left in the sequence's pages.
+    """
+    rows, groups = cache.row_pages_RxN.shape[0], cache.group_pages_GxN.shape[0]
+    positions_M, nowhere = positions_Mx1[:, 0], cache.pages[0].shape[1]
+    places = (token_places(cache, positions_M), token_places(cache, jnp.maximum(positions_M - 1, 0)))
+
+    def part(memory: jax.Array, sequences_B: jax.Array, own) -> tuple[jax.Array, jax.Array]:
+        """own: of these sequences' tokens x [B, T, D], positions [B, T], their places and those before them [B, T]."""
+        x_BxTxD, positions_BxT, ((page_BxT, offset_BxT), (before_page_BxT, before_offset_BxT)) = own
+        before_BxW = memory.at[layer, before_page_BxT[:, 0], before_offset_BxT[:, 0]].get(mode="clip")
+        y_BxTxD, after_BxTxW, kept_B = recall(sequences_B, before_BxW, x_BxTxD, positions_BxT)
+        page_BxT = jnp.where(kept_B[:, None], page_BxT, nowhere)
+        return memory.at[layer, page_BxT, offset_BxT].set(after_BxTxW, mode="drop"), y_BxTxD
+
+    def cut(where: slice, *shape: int):
+        tokens = (x_Mx1xD[:, 0], positions_M, places)
+        return jax.tree.map(lambda leaf: leaf[where].reshape(*shape, *leaf.shape[1:]), tokens)
+
+    memory, made = memory_of(cache), []
+    if rows:
+        memory, y_Rx1xD = part(memory, jnp.arange(rows), cut(slice(0, rows), rows, 1))
+        made.append(y_Rx1xD)
+    if groups:
+        numbers_Gx1 = rows + jnp.arange(groups)[:, None]
+        one = lambda memory, group: part(memory, *group)  # noqa: E731
+        memory, y_Gx1xTxD = jax.lax.scan(one, memory, (numbers_Gx1, cut(slice(rows, None), groups, 1, -1)))
+        made.append(y_Gx1xTxD)
+    y_Mx1xD = jnp.concatenate([each.reshape(-1, 1, each.shape[-1]) for each in made])
+    return y_Mx1xD, cache._replace(memory=memory)

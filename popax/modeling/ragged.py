@@ -10,8 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from popax.modeling.cache import Attend, RaggedCache, token_places
+from popax.modeling.cache import Attend, RaggedCache, Recall, token_places
 from popax.modeling.config import ModelConfig
+from popax.modeling.paged import recalled
 
 LANES = 128
 
@@ -50,6 +51,11 @@ class RaggedLayer:
         page_M, offset_M = token_places(self.cache, self.positions_Mx1[:, 0])
         stored = stored.at[self.layer, page_M, offset_M].set(both, mode="drop")
         return dataclasses.replace(self, cache=self.cache._replace(pages=(stored,)))
+
+    def recall(self, x_BxTxD: jax.Array, recall: Recall) -> tuple[jax.Array, "RaggedLayer"]:
+        """As `CacheView.recall`."""
+        y_BxTxD, cache = recalled(self.cache, self.layer, self.positions_Mx1, x_BxTxD, recall)
+        return y_BxTxD, dataclasses.replace(self, cache=cache)
 
     def attend(self, queries: jax.Array, attend: Attend) -> jax.Array:
         """Each row, and each group, is a sequence of the kernel's: it has as many keys as its last token may see."""

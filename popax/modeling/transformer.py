@@ -65,7 +65,8 @@ class Block(nnx.Module):
             y_BxTxD, taken_BxTxK = self.moe(normed_BxTxD, site_fn, rules, routes_BxTxK)
         else:
             y_BxTxD = self.mlp(normed_BxTxD, site_fn)
-        return site_fn.hidden(self.out, x_BxTxD + y_BxTxD, context.positions_BxT), cache, taken_BxTxK
+        x_BxTxD, cache = site_fn.hidden(self.out, x_BxTxD + y_BxTxD, context.positions_BxT, cache)
+        return x_BxTxD, cache, taken_BxTxK
 
 
 def _attention(name: str, config: ModelConfig, rngs: nnx.Rngs, shrink: float) -> Attention | LatentAttention:

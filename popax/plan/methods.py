@@ -31,6 +31,7 @@ def usual_methods(dtype: str) -> dict[str, AdapterConfig]:
         "ia3": {"method": "ia3"},
         "reft r4": {"method": "reft", "rank": 4},
         "bias": {"method": "bias"},
+        "delta_mem r8": {"method": "delta_mem", "rank": 8},
         "prompt r16": {"method": "prompt", "rank": 16},
         "lora_xs r64": {"method": "lora_xs", "rank": 64},
         "lora_xs r16": {"method": "lora_xs", "rank": 16},

@@ -170,7 +170,9 @@ class StepBuilder:
 
     def _cache(self, rows: int, rules: ShardingRules) -> tuple[Any, Any]:
         """Rows as the batch is spread; heads as the base's kv heads where the cache keeps heads: [L, B, S, K, d]."""
-        cache = jax.eval_shape(lambda: init_cache(self.model.config, rows, self.config.cache_length))
+        cache = jax.eval_shape(
+            lambda: init_cache(self.model.config, rows, self.config.cache_length, memory=self.cohort.memory)
+        )
 
         def spec_of(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
             heads = ("kv_heads", None) if leaf.ndim == 5 else (None,) * (leaf.ndim - 3)

@@ -168,7 +168,7 @@ def power_of_two(value: int) -> int:
 def _generate(model, sampling, steps, end_id, record, params, adapt, tokens_BxT, positions_BxT, keys_B):
     """(new tokens, with their records, [B, steps, ...], the routes of the prompts); after the end a row repeats it."""
     batch, width = tokens_BxT.shape
-    cache = init_cache(model.config, batch, width + steps)
+    cache = init_cache(model.config, batch, width + steps, memory=adapt.memory)
     length_B = jnp.max(positions_BxT, axis=1) + 1
 
     def body(carry: tuple[Chosen, Cache | None], step: jax.Array):

@@ -85,9 +85,13 @@ class Programs:
         self._kernel = mesh is None and jax.default_backend() == "tpu" and fits(model.config)
         sharding = _page_sharding(model, mesh)
         make = ragged_page_shapes if self._kernel else page_shapes
+        wanted = [(like, sharding) for like in make(model.config, shapes.num_pages, shapes.page, cache_dtype)]
+        if memory := max((cohort.memory for cohort in cohorts), default=0):
+            shape = (model.config.num_layers, shapes.num_pages, shapes.page, memory)
+            wanted.append((jax.ShapeDtypeStruct(shape, jnp.float32), self._everywhere))
         self._pages = tuple(
-            jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=sharding)()
-            for like in make(model.config, shapes.num_pages, shapes.page, cache_dtype)
+            jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=where)()
+            for like, where in wanted
         )
 
     def compile(self, sets: tuple[SlotSets, ...], say: Callable[[str], None] = lambda line: None) -> None:

@@ -71,6 +71,11 @@ class Rooms:
             raise ServingError(
                 f"a sum of {max(count.values())} adapters of one cohort: this server adds {self.terms} at most"
             )
+        remembering = sum(number for cohort, number in count.items() if self._residencies[cohort].cohort.memory)
+        if remembering > 1:
+            raise ServingError(
+                f"a sum of {remembering} adapters that remember what they read: a text has one such memory"
+            )
 
     def virtual_tokens(self, terms: Sequence[Term]) -> int:
         """How many virtual tokens these adapters put before a prompt; `check` has let them pass."""

@@ -104,9 +104,10 @@ def serve_step(
     inputs: StepInputs,
 ) -> tuple[tuple[jax.Array, ...], StepOutputs]:
     """(the pages with these tokens written, what was sampled). Static: model, shape, cohorts (one for each of sets),
-    kernel (pages in the layout of `ragged`)."""
+    kernel (pages in the layout of `ragged`). pages: the last of them are what adapters remember, where some do."""
     rows, groups, width = shape.rows, shape.groups, shape.width
-    cache = (RaggedCache if kernel else PagedCache)(pages, inputs.row_pages_RxN, inputs.group_pages_GxN)
+    pages, memory = (pages[:-1], pages[-1]) if any(cohort.memory for cohort in cohorts) else (pages, None)
+    cache = (RaggedCache if kernel else PagedCache)(pages, inputs.row_pages_RxN, inputs.group_pages_GxN, memory)
     x_Mx1xD, cache = model.hidden(
         params,
         inputs.tokens_M[:, None],
@@ -123,7 +124,8 @@ def serve_step(
     token_B = _sampled(inputs, logits_BxV)
     own = _logps(logits_BxV, token_B, inputs.wants_top)
     prompt = _prompt_logps(model, params, _of_groups(sets, rows), cohorts, x_GxTxD, inputs)
-    return cache.pages, StepOutputs(token_B, own, prompt)
+    written = cache.pages if cache.memory is None else (*cache.pages, cache.memory)
+    return written, StepOutputs(token_B, own, prompt)
 
 
 def _adapt(cohorts: tuple[Cohort, ...], sets: tuple[SlotSets, ...], rows: int | None) -> Adapt:

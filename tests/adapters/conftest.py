@@ -69,7 +69,7 @@ class Toy:
                 inner, outer = f"layers.{inner}", f"layers.{outer}"
                 hidden = jnp.tanh(site_fn(h, {inner: _affine(h, own[inner], bias[inner])})[inner])
                 h = h + site_fn(hidden, {outer: _affine(hidden, own[outer], bias[outer])})[outer]
-            return site_fn.hidden("layers.out", h, positions_BxT), None
+            return site_fn.hidden("layers.out", h, positions_BxT, None)
 
         outer = ("lm_head", "embed")
         stacked = [{name: each for name, each in tree.items() if name not in outer} for tree in (weights, biases)]

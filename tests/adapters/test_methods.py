@@ -107,6 +107,9 @@ def test_merge_and_norms_are_the_dense_deltas(toy, row):
     norms = cohort.norms(adapter, shared)
     assert set(norms) == set(cohort.specs)
     for name, dense in _dense_deltas(toy, cohort, adapter).items():
+        if cohort.method.memory is not None:  # no change of weights: what any token's correction is at most
+            assert np.all(np.linalg.norm(dense[..., -1:, :] + dense, axis=-1) <= np.asarray(norms[name])[:, None])
+            continue
         np.testing.assert_allclose(norms[name], np.linalg.norm(dense, axis=(-2, -1)), rtol=1e-4, atol=1e-6)
         if cohort.method.kind != "linear":
             continue
@@ -245,6 +248,10 @@ def test_shapes_and_axes_agree(toy, row):
             sizes = {"groups": 1}
             vectors = {"v": (13,), "p": (13,), "traits": (16,), "w1": (64, 16), "w2": (64,)}  # of no site's own size
             vectors |= {"prompt": (4,), "rows": (4,)}
+            if (form := cohort.method.memory) is not None:
+                states = state[name]["gain"].shape[1]
+                vectors |= dict.fromkeys(("start", "gain", "gate", *"qkvwp"), (states,))
+                assert form.width(4) == cohort.memory
             if name in toy.sites:
                 info = toy.sites[name]
                 sizes |= {"layers": info.layers, "rank": cohort.specs[name].rank}

@@ -10,7 +10,7 @@ from popax.adapters.table import METHODS
 from popax.errors import ConfigError
 from popax.types import NO_ADAPT
 
-BY_TOKEN = [name for name, method in METHODS.items() if method.kind != "embedding"]
+BY_TOKEN = [name for name, method in METHODS.items() if method.kind != "embedding" and not method.memory]
 SLOTS = jnp.asarray([[0, 0, 1, -1, 1], [-1, 1, 1, 0, 0]])
 
 

@@ -38,9 +38,9 @@ class Added:
     def outer(self) -> "Added":
         return Added({})
 
-    def hidden(self, site, x_BxTxD, positions_BxT):
+    def hidden(self, site, x_BxTxD, positions_BxT, cache):
         del positions_BxT
-        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+        return (self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD), cache
 
     def adapts(self, site: str) -> bool:
         return site in self.weights

@@ -37,9 +37,9 @@ class Scaled:
         del x
         return {site: y * self.factor if site == self.site else y for site, y in ys.items()}
 
-    def hidden(self, site, x_BxTxD, positions_BxT):
+    def hidden(self, site, x_BxTxD, positions_BxT, cache):
         del positions_BxT
-        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+        return (self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD), cache
 
     def adapts(self, site):
         return site == self.site

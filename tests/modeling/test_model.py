@@ -44,9 +44,9 @@ class Shift:
     def adapts(self, site):
         return site in self.amounts
 
-    def hidden(self, site, x_BxTxD, positions_BxT):
+    def hidden(self, site, x_BxTxD, positions_BxT, cache):
         del positions_BxT
-        return self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD
+        return (self(x_BxTxD, {site: x_BxTxD})[site] if self.adapts(site) else x_BxTxD), cache
 
     def embedded(self, x_BxTxD, tokens_BxT):
         del tokens_BxT

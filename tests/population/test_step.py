@@ -54,7 +54,7 @@ def assert_same_bytes(left, right):
 
 
 # Two factors, derived leaves, a core, a tied vector, hidden states, virtual tokens: what a step can see of a method.
-OF_EACH_FORM = ("lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt")
+OF_EACH_FORM = ("lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt", "delta_mem")
 # An optimizer sees leaves, whatever their method: all of them with two methods, and all methods with one of them.
 COMBINATIONS = [
     (method, name) for method in METHODS for name in OPTIMIZERS if name == "adamw" or method in ("lora", "svf")

@@ -162,7 +162,7 @@ def test_who_is_pushed_out_for_pages_goes_on_where_it_was(world, tight):
 
 def test_a_sum_of_adapters_is_exact(world, engine):
     """acme + 0.5 other, of one cohort and of two, against a base with both deltas added to its weights."""
-    for first, second in (("acme/user-1", "acme/user-5"), ("acme/user-1", "zeta/user-2")):
+    for first, second in (("acme/user-1", "acme/user-7"), ("acme/user-1", "zeta/user-2")):
         params = world.base.params
         for user, weight in ((first, 1.0), (second, 0.5)):
             adapter, manifest = world.catalog.load(user)
@@ -258,6 +258,9 @@ def test_what_can_never_be_answered_is_refused(world, engine):
     ):
         with pytest.raises(ServingError):
             engine.submit(GenerationRequest(**options), print)
+    with pytest.raises(ServingError, match="2 adapters that remember"):
+        terms = world.terms(world.users[5], world.users[11])
+        engine.submit(GenerationRequest(tokens=(1,), terms=terms), print)
     manifest = dataclasses.replace(world.manifest(world.users[0]), base_digest="another")
     with pytest.raises((ServingError, BaseMismatchError), match="another"):
         engine.submit(GenerationRequest(tokens=(1,), terms=(Term(manifest),)), print)

@@ -19,15 +19,18 @@ def found(engine, work) -> int:
     return engine.state().pages.found - before
 
 
-def test_a_second_question_reads_what_the_first_computed(world, engine):
-    terms = world.terms(world.users[0])
+@pytest.mark.parametrize("user", [0, 5], ids=["lora", "delta_mem"])
+def test_a_second_question_reads_what_the_first_computed(world, engine, user):
+    """delta_mem: what it has remembered at the end of the kept pages is kept with them."""
+    terms = world.terms(world.users[user])
     first = ask(engine, PROMPT, terms=terms, tenant="t1", max_new_tokens=COUNT)
     told = []
     assert found(engine, lambda: told.append(ask(engine, PROMPT, terms=terms, tenant="t1", max_new_tokens=COUNT))) == 48
     assert told[0].tokens == first.tokens
     # What was written is a prefix too: the conversation goes on.
     longer = [*PROMPT, *first.tokens, 1, 2, 3]
-    assert found(engine, lambda: ask(engine, longer, terms=terms, tenant="t1", max_new_tokens=1)) == 56
+    assert found(engine, lambda: told.append(ask(engine, longer, terms=terms, tenant="t1", max_new_tokens=4))) == 56
+    assert told[1].tokens == world.alone(longer, 4, world.users[user])
 
 
 def test_nothing_is_shared_across_tenants_users_weights_or_the_base(world, engine):

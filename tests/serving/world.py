@@ -1,4 +1,4 @@
-"""A base with a byte tokenizer, a catalog of 64 users of five cohorts, and what each of them says alone."""
+"""A base with a byte tokenizer, a catalog of 64 users of six cohorts, and what each of them says alone."""
 
 import dataclasses
 import queue
@@ -34,6 +34,7 @@ COHORTS = (
     AdapterConfig(method="lora_xs", rank=4, alpha=4.0, targets=(r"layers\..*_proj",)),
     AdapterConfig(rank=1, alpha=2.0, targets=(r"layers\.mlp\..*",)),
     AdapterConfig(method="prompt", rank=3),
+    AdapterConfig(method="delta_mem", rank=3, options={"segment": 2, "states": 2}),
 )
 SHAPES = EngineShapes(rows=(16,), groups=4, width=8, context=128, contexts=(64,), page=8)
 

@@ -33,7 +33,7 @@ def train(base, pipeline, config, place, **options):
 
 
 # The step is every method's in tests/population; a run adds the catalog, and what a row of each form asks of it.
-@pytest.mark.parametrize("method", ["lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt"])
+@pytest.mark.parametrize("method", ["lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt", "delta_mem"])
 def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_path, method):
     pipeline = pipeline_of(7)
     # Where a gradient is rounding alone, eps = 1e-8 makes a step of the learning rate of it.
