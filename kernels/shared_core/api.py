@@ -24,6 +24,10 @@ def shared_core(
     """
     d_out = b_RxF.shape[-1]
     y_TxF = None if y is None else y.reshape(-1, d_out)
+    if target.platform() not in dispatch.BACKENDS:
+        a_RxD, b_RxF = vjp.frozen(a_RxD, b_RxF)
+        out_TxF = reference.one_user(x.reshape(-1, x.shape[-1]), a_RxD, b_RxF, core, scale, y_TxF)
+        return out_TxF.reshape(*x.shape[:-1], d_out)
     out_TxF = vjp.shared_core(x.reshape(-1, x.shape[-1]), a_RxD, b_RxF, core, scale, y_TxF)
     return out_TxF.reshape(*x.shape[:-1], d_out)
 

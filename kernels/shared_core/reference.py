@@ -27,6 +27,23 @@ def forward(
     return out_NxTxF, h_NxRxT
 
 
+def one_user(
+    x_TxD: jax.Array, a_RxD: jax.Array, b_RxF: jax.Array, core: jax.Array, scale: jax.Array, y_TxF: jax.Array | None
+) -> jax.Array:
+    """y + s core(x A^T) B: the CPU path, differentiated as it stands.
+
+    The rank is minor here. A TPU would pad it to its lanes; a CPU would only move arrays about to have it elsewhere.
+    """
+    dtype, wide = x_TxD.dtype, _accumulator(x_TxD.dtype)
+    h_TxR = _contract("td,rd->tr", x_TxD, a_RxD).astype(dtype)
+    if core.ndim == 2:
+        mixed_TxR = _contract("tr,qr->tq", h_TxR, core)
+    else:
+        mixed_TxR = h_TxR.astype(wide) * core.astype(dtype).astype(wide)[None]
+    delta_TxF = _contract("tr,rf->tf", (mixed_TxR * scale.astype(wide)).astype(dtype), b_RxF).astype(dtype)
+    return delta_TxF if y_TxF is None else y_TxF + delta_TxF.astype(y_TxF.dtype)
+
+
 def backward(
     g_NxTxF: jax.Array,
     h_NxRxT: jax.Array,

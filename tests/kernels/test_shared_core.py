@@ -11,6 +11,13 @@ from popax.kernels import target
 from popax.kernels.shared_core import indexed_shared_core, shared_core
 
 CORES = ("matrix", "diagonal")
+ROADS = ("cpu", "tpu")  # as it stands in XLA; through the kernels' door, where nothing here is tuned and XLA answers
+
+
+@pytest.fixture(params=ROADS)
+def road(request, monkeypatch):
+    monkeypatch.setattr(target, "platform", lambda: request.param)
+    return request.param
 
 
 def _operands(lora_math, seed, shape, core, dtypes=("float32", "float32")):
@@ -35,9 +42,10 @@ IN_AXES = (0, None, None, 0, 0, 0)
     core=st.sampled_from(CORES),
     with_y=st.booleans(),
     seed=st.integers(0, 99),
+    road=st.sampled_from(ROADS),
 )
-@settings(max_examples=6, deadline=None)
-def test_value_and_vjp_are_the_dense_formulas(lora_math, shape, core, with_y, seed):
+@settings(max_examples=8, deadline=None)
+def test_value_and_vjp_are_the_dense_formulas(lora_math, shape, core, with_y, seed, road):
     x, a, b, cores, scale, y = _operands(lora_math, seed, shape, core)
     g = lora_math.normal(seed + 9, y.shape)
     y = y if with_y else jnp.zeros_like(y)
@@ -47,7 +55,9 @@ def test_value_and_vjp_are_the_dense_formulas(lora_math, shape, core, with_y, se
         out, pullback = jax.vjp(lambda x, cores, scale, y: many(x, a, b, cores, scale, y), x, cores, scale, y)
         return out, *pullback(g)
 
-    got = jax.jit(lambda: pulled(lambda *each: shared_core(*each[:5], each[5] if with_y else None)))()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, "platform", lambda: road)
+        got = jax.jit(lambda: pulled(lambda *each: shared_core(*each[:5], each[5] if with_y else None)))()
     want = jax.jit(lambda: pulled(_dense))()
     for index, (each, true) in enumerate(zip(got, want, strict=True)):
         true = jnp.zeros_like(true) if index == 4 and not with_y else true
@@ -86,7 +96,7 @@ def _shapes(jaxpr) -> set:
 
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_basis_is_one_copy_for_all_users(lora_math, core, nested):
+def test_the_basis_is_one_copy_for_all_users(lora_math, core, nested, road):
     """No value of the shape [users, R, D] or [users, R, F], in one vmap over users and in cohorts of them."""
     x, a, b, cores, scale, y = _operands(lora_math, 1, (6, 4, 16, 24, 3), core)
     step, operands = jax.vmap(jax.grad(_loss), in_axes=LOSS_AXES), (cores, x, a, b, scale, y)
@@ -100,11 +110,15 @@ def test_the_basis_is_one_copy_for_all_users(lora_math, core, nested):
     assert not copies & _shapes(closed.jaxpr)
     counts = lora_math.primitives(closed.jaxpr)
     assert not {"while", "scan", "cond"} & set(counts)
-    # Two products with the basis forward, two backward and the core's gradient; a matrix has three more of its own.
-    assert counts["dot_general"] == (8 if core == "matrix" else 5)
+    # The door: two products with the basis forward, two backward and the core's gradient; a matrix has three more of
+    # its own. As it stands, nobody asked for a gradient in x.
+    assert (
+        counts["dot_general"] == {"tpu": {"matrix": 8, "diagonal": 5}, "cpu": {"matrix": 5, "diagonal": 3}}[road][core]
+    )
     np.testing.assert_allclose(step(*operands).reshape(flat.shape), flat, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("road")
 def test_a_vmap_over_layers_scans_and_a_vmap_over_bases_is_plain(lora_math):
     x, a, b, cores, scale, y = _operands(lora_math, 2, (3, 4, 5, 5, 2), "matrix")
     bases = [jnp.stack([each, 2 * each, -each]) for each in (a, b)]
@@ -119,6 +133,7 @@ def test_a_vmap_over_layers_scans_and_a_vmap_over_bases_is_plain(lora_math):
         np.testing.assert_allclose(only_a[at], want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("road")
 def test_population_of_layer_scans_with_rematerialisation(lora_math):
     """The basis of each layer is scanned, the users' cores are vmapped: values are the loop's."""
     layers, users = 2, 3
@@ -141,9 +156,8 @@ def test_population_of_layer_scans_with_rematerialisation(lora_math):
 
 
 @pytest.mark.parametrize("core", CORES)
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_a_derivative_by_the_basis_is_refused_by_name(lora_math, monkeypatch, core, platform):
-    monkeypatch.setattr(target, "platform", lambda: platform)
+@pytest.mark.usefixtures("road")
+def test_a_derivative_by_the_basis_is_refused_by_name(lora_math, core):
     x, a, b, cores, scale, y = _operands(lora_math, 3, (2, 3, 4, 5, 2), core)
     slot = jnp.asarray([1, -1], jnp.int32)
 
@@ -162,6 +176,7 @@ def test_a_derivative_by_the_basis_is_refused_by_name(lora_math, monkeypatch, co
         np.testing.assert_array_equal(stopped, 0.0)
 
 
+@pytest.mark.usefixtures("road")
 def test_users_do_not_meet(lora_math):
     """User 1's loss has exactly zero gradient at everybody else's core; a NaN stays where it is, bitwise."""
     x, a, b, cores, scale, y = _operands(lora_math, 4, (4, 5, 6, 7, 2), "matrix")
@@ -174,6 +189,7 @@ def test_users_do_not_meet(lora_math):
     np.testing.assert_array_equal(np.asarray(clean)[others], np.asarray(poisoned)[others])
 
 
+@pytest.mark.usefixtures("road")
 def test_spmd_axis_name_reaches_through_the_door(lora_math):
     """Over a population axis of 4 devices: the same numbers, and no collective (invariant 10)."""
     mesh = jax.make_mesh((4,), ("population",))

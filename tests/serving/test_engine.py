@@ -258,9 +258,9 @@ def test_what_can_never_be_answered_is_refused(world, engine):
     ):
         with pytest.raises(ServingError):
             engine.submit(GenerationRequest(**options), print)
+    both = GenerationRequest(tokens=(1,), terms=world.terms(world.users[5], world.users[11]))
     with pytest.raises(ServingError, match="2 adapters that remember"):
-        terms = world.terms(world.users[5], world.users[11])
-        engine.submit(GenerationRequest(tokens=(1,), terms=terms), print)
+        engine.submit(both, print)
     manifest = dataclasses.replace(world.manifest(world.users[0]), base_digest="another")
     with pytest.raises((ServingError, BaseMismatchError), match="another"):
         engine.submit(GenerationRequest(tokens=(1,), terms=(Term(manifest),)), print)
