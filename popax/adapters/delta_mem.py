@@ -150,7 +150,7 @@ def _method(options: Options) -> AdapterMethod:
         shrink=lambda state, factor: state | {"gain": state["gain"] * factor},
         inits={"default": True},
         linear=False,
-        learning_rate=1e-2,
+        learning_rate=5e-2,
         kind="hidden",
         memory=form,
         options=Options,
