@@ -82,6 +82,10 @@ def _form(options: Options) -> MemoryForm:
         s = within(state["start"].astype(jnp.float32), options.limit)
         return jnp.concatenate((s.reshape(-1), jnp.zeros(sums * states * rank)))
 
+    def begin(state: Leaves, memory_W: jax.Array) -> Leaves:
+        rank = state["gain"].shape[-1]
+        return state | {"start": memory_W[: states * rank * rank].reshape(states, rank, rank)}
+
     def tokens(state: Leaves, shared: Leaves, x_TxD: jax.Array) -> tuple[jax.Array, ...]:
         x_TxD = x_TxD.astype(jnp.float32)
         x_TxD = x_TxD * jax.lax.rsqrt(jnp.mean(jnp.square(x_TxD), axis=-1, keepdims=True) + 1e-6)
@@ -112,7 +116,7 @@ def _form(options: Options) -> MemoryForm:
         update = jnp.einsum("tmr,mrd->td", gained, shared["p"].astype(jnp.float32))
         return y_TxD + (scale * update).astype(y_TxD.dtype)
 
-    return MemoryForm(lambda rank: states * (rank * rank + sums * rank), start, tokens, step, output)
+    return MemoryForm(lambda rank: states * (rank * rank + sums * rank), start, begin, tokens, step, output)
 
 
 def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Options) -> Leaves:

@@ -73,6 +73,7 @@ class MemoryForm(NamedTuple):
 
     width(rank): how many float32 numbers the state of a text is.
     start(state): the float32 state [W] of a text of which nothing has been read.
+    begin(state, memory_W): the state whose texts begin with this memory, in float32; of zeros: with none.
     tokens(state, shared, x_TxD): what is made of each token by itself, a pytree of [T, ...].
     step(memory_W, position, token): (the state after this token, what is read of the state before it [...]).
     output(state, shared, scale, read_Tx, y_TxD): y with what was read.
@@ -80,6 +81,7 @@ class MemoryForm(NamedTuple):
 
     width: Callable[[int], int]
     start: Callable[[Leaves], jax.Array]
+    begin: Callable[[Leaves, jax.Array], Leaves]
     tokens: Callable[[Leaves, Leaves, jax.Array], Any]
     step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
     output: Callable[[Leaves, Leaves, jax.Array, jax.Array, jax.Array], jax.Array]

@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "migrate": "popax.cli.migrate",
     "compose": "popax.cli.compose",
     "merge": "popax.cli.merge",
+    "remember": "popax.cli.remember",
     "users": "popax.cli.users",
     "plan": "popax.cli.plan",
     "methods": "popax.cli.methods",
