@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from popax.adapters import lora
 from popax.adapters.base import AdapterConfig
@@ -83,6 +84,11 @@ def _peft(state: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def _from_peft(tensors: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    m_F = tensors["lora_magnitude_vector"].astype(np.float32) - shared["norm"]
+    return {"a": tensors["lora_A.weight"], "b": tensors["lora_B.weight"].T, "m": m_F, "n": np.zeros_like(m_F)}
+
+
 METHOD = AdapterMethod(
     name="dora",
     state_axes={"a": ("rank", "in"), "b": ("rank", "out"), "m": ("out",), "n": ("out",)},
@@ -97,5 +103,11 @@ METHOD = AdapterMethod(
     inits={"default": True, "gaussian": True},
     linear=False,
     learning_rate=1e-3,
-    peft=PeftForm(record=lambda config: {"use_dora": True}, at_site=_peft),
+    peft=PeftForm(
+        record=lambda config: {"use_dora": True},
+        at_site=_peft,
+        leaves=_from_peft,
+        claims=lambda record: record.get("peft_type") == "LORA" and record.get("use_dora") is True,
+        understood=frozenset({"use_dora"}),
+    ),
 )

@@ -4,13 +4,17 @@ The paper's gain on the features that enter an MLP's down projection is the one 
 down(l * (act(gate) * up)) = down(act(gate) * (l * up)). l is kept as its difference from 1.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.method import AdapterMethod, Leaves, NoOptions, PeftForm, SiteBase, SiteDims, along_last
+from popax.adapters.peft_layout import is_named
+from popax.errors import PeftError
 
 
 def _shared(dims: SiteDims, mask_R: jax.Array, base: SiteBase, options: Any) -> Leaves:
@@ -53,6 +57,18 @@ NOT_OF_IA3 = dict.fromkeys(
     )
 )
 
+
+def _moved(record: Mapping[str, Any], module: str, tensors: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """PEFT's gain on what enters a down projection is ours on what its up projection puts out."""
+    inner = record.get("feedforward_modules") or []
+    if not is_named(inner, module):
+        return module, tensors
+    before, _, last = module.rpartition(".")
+    if last != "down_proj" or ".experts" in before:
+        raise PeftError(f"feedforward_modules={inner!r}: {module} has a gain on what enters it, which popax has not")
+    return f"{before}.up_proj", {name: tensor.T for name, tensor in tensors.items()}
+
+
 METHOD = AdapterMethod(
     name="ia3",
     state_axes={"l": ("out",)},
@@ -73,5 +89,9 @@ METHOD = AdapterMethod(
     peft=PeftForm(
         record=lambda config: {"peft_type": "IA3", "feedforward_modules": [], "init_ia3_weights": True} | NOT_OF_IA3,
         at_site=lambda state, shared: {"ia3_l": 1.0 + state["l"][:, None]},
+        leaves=lambda tensors, shared: {"l": tensors["ia3_l"][:, 0].astype(np.float32) - 1.0},
+        claims=lambda record: record.get("peft_type") == "IA3",
+        understood=frozenset({"feedforward_modules", "init_ia3_weights"}),
+        moved=_moved,
     ),
 )

@@ -93,10 +93,17 @@ class PeftForm(NamedTuple):
     record(config): what its adapter_config.json says otherwise than a LoRA's; None takes an entry out.
     at_site(state, shared): its tensors at one layer of a site, in numpy, by their names behind the module's; leaves
         have no columns beyond the layer's rank. whole: they are the whole model's, and no module's name is before them.
+    leaves(tensors, shared): the inverse of at_site, but for `derived` leaves, which are zeros.
+    claims(record): is a directory with this adapter_config.json of this kind? understood: its keys beside LoRA's.
+    moved(record, module, tensors): the module and tensors that mean here what these do in PEFT.
     """
 
     record: Callable[[AdapterConfig], dict[str, Any]]
     at_site: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    leaves: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    claims: Callable[[Mapping[str, Any]], bool]
+    understood: frozenset[str] = frozenset()
+    moved: Callable[..., tuple[str, dict[str, Any]]] = lambda record, module, tensors: (module, tensors)
     whole: bool = False
 
 

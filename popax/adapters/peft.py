@@ -1,4 +1,4 @@
-"""Hugging Face PEFT directories (LoRA) in and out: adapter_config.json and adapter_model.safetensors."""
+"""Hugging Face PEFT directories in and out: adapter_config.json and adapter_model.safetensors."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from popax.adapters.base import AdapterConfig, SiteSpec
 from popax.adapters.cohort import Cohort
 from popax.adapters.peft_config import config_of, read_record, record_of
 from popax.adapters.peft_layout import layout_of, module_names
-from popax.adapters.peft_native import PREFIX, native
+from popax.adapters.peft_native import PREFIX, native, read_native
 from popax.errors import PeftError
 from popax.types import AdapterState, SiteInfo
 
@@ -74,17 +74,26 @@ def load_peft(
     *,
     dtype: str | None = None,
     base_weight: Callable[[str], jax.Array | np.ndarray] | None = None,
+    base_bias: Callable[[str], jax.Array | np.ndarray | None] = lambda site: None,
 ) -> tuple[AdapterConfig, AdapterState]:
-    """Read a PEFT LoRA directory: (config, adapter) on the layout of `Cohort.of(config, sites)`.
+    """Read a PEFT directory, of LoRA or a kind that a method claims: (config, adapter) of `Cohort.of(config, sites)`.
 
-    dtype: of the adapter, default the file's own. base_weight(site) -> [D, F]: peft copies the head's frozen weight
-    beside a LoRA of the head; with base_weight the copy is compared with the base, without it refused. Raises PeftError
+    dtype: of the adapter, default the file's own. base_weight(site), base_bias(site): as `Cohort.shared` takes them;
+    kinds of their own need them, since popax keeps what differs from the base. peft copies the head's frozen weight
+    beside a LoRA of the head: with base_weight the copy is compared with the base, without it refused. Raises PeftError
     where popax cannot represent what the directory holds; pickled weights are never opened.
     """
     directory = Path(directory)
-    record = read_record(directory / CONFIG)
-    layout = layout_of(record, sites)
+    record, method = read_record(directory / CONFIG)
     tensors = _read_tensors(directory)
+    if method != "lora":
+        if base_weight is None:
+            raise PeftError(
+                f"{directory} holds {method}, which is kept as a difference from the base: pass base_weight="
+            )
+        kept = dtype or _one_dtype(directory, tensors)
+        return read_native(method, record, tensors, sites, (base_weight, base_bias), kept)
+    layout = layout_of(record, sites)
     _drop_head_copy(tensors, sites, base_weight)
     modules = {
         module: (name, layer, layers[layer][0])

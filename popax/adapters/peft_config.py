@@ -10,7 +10,7 @@ from typing import Any
 
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, SiteSpec, TargetRule, resolve
 from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names, short_name
-from popax.adapters.table import method_of
+from popax.adapters.table import METHODS, method_of
 from popax.errors import ConfigError, PeftError, SiteError
 from popax.types import SiteInfo
 
@@ -28,8 +28,11 @@ WITHOUT_EFFECT = {
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """adapter_config.json, once nothing in it asks for what popax cannot represent. Raises PeftError."""
+def read_record(path: Path) -> tuple[dict[str, Any], str]:
+    """(adapter_config.json, the method that it is of), once nothing in it asks for what popax cannot represent.
+
+    Raises PeftError.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,8 +41,10 @@ def read_record(path: Path) -> dict[str, Any]:
         raise PeftError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise PeftError(f"{path} holds {type(record).__name__}, not an object")
-    if record.get("peft_type") != "LORA":
-        raise PeftError(f"{path}: peft_type={record.get('peft_type')!r}; popax reads LORA")
+    claimed = [row for row in METHODS.values() if row.peft is not None and row.peft.claims(record)]
+    if not claimed and record.get("peft_type") != "LORA":
+        raise PeftError(f"{path}: peft_type={record.get('peft_type')!r}; popax reads LORA, IA3 and PROMPT_TUNING")
+    own = claimed[0].peft.understood if claimed and claimed[0].peft is not None else frozenset()
     if record.get("bias", "none") != "none":
         raise PeftError(f"{path}: bias={record['bias']!r}; popax adapters have no biases")
     start = record.get("init_lora_weights", True)
@@ -49,20 +54,21 @@ def read_record(path: Path) -> dict[str, Any]:
             "LoRA of the original base (save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
     # peft's defaults for everything else are false or empty; only a key that asks for something is refused.
-    asked = {key: record[key] for key in sorted(set(record) - UNDERSTOOD - WITHOUT_EFFECT) if record[key]}
+    asked = {key: record[key] for key in sorted(set(record) - UNDERSTOOD - own - WITHOUT_EFFECT) if record[key]}
     if asked:
         raise PeftError(f"{path}: popax cannot represent " + ", ".join(f"{key}={asked[key]!r}" for key in asked))
-    return record
+    return record, claimed[0].name if claimed else "lora"
 
 
 def config_of(
-    record: Mapping[str, Any], layout: Layout, sites: Mapping[str, SiteInfo], *, dtype: str
+    record: Mapping[str, Any], layout: Layout, sites: Mapping[str, SiteInfo], *, dtype: str, method: str = "lora"
 ) -> tuple[AdapterConfig, dict[str, SiteSpec]]:
     """The AdapterConfig that resolves to exactly this layout, and what it resolves to."""
     rank, alpha = record.get("r", 8), float(record.get("lora_alpha", 8))
+    row = METHODS[method]
     try:
         config = AdapterConfig(
-            method="lora",
+            method=method,
             rank=rank,
             alpha=alpha,
             alpha_rule="sqrt_rank" if record.get("use_rslora") else "rank",
@@ -71,13 +77,17 @@ def config_of(
             targets=_targets(layout, sites, (rank, alpha)),
             dtype=dtype,
         )
-        specs = resolve(config, sites)
+        specs = resolve(config, sites, width=row.width, scaled=row.scaled)
     except (ConfigError, SiteError, TypeError, ValueError) as error:
         raise PeftError(f"the PEFT config does not fit this model: {error}") from error
-    wanted = {
-        name: tuple((rank, config.scale(rank, alpha) if rank else 0.0) for rank, alpha in layers)
-        for name, layers in layout.items()
-    }
+
+    def at(info: SiteInfo, rank: int, alpha: float) -> tuple[int, float]:
+        if not rank:
+            return 0, 0.0
+        rank = row.width(rank, info.d_in, info.d_out)
+        return rank, config.scale(rank, alpha) if row.scaled else 1.0
+
+    wanted = {name: tuple(at(sites[name], *pair) for pair in layers) for name, layers in layout.items()}
     if {name: tuple(zip(spec.ranks, spec.scales, strict=True)) for name, spec in specs.items()} != wanted:
         raise PeftError(f"the PEFT config's layout {layout} cannot be written as target rules (popax bug)")
     return config, specs

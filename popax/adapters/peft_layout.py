@@ -77,16 +77,17 @@ def _is_target(record: Mapping[str, Any], module: str) -> bool:
     targets, excluded = record.get("target_modules"), record.get("exclude_modules")
     if not targets or not isinstance(targets, (str, list)):
         raise PeftError(f"target_modules={targets!r}: a list of module names, a regular expression or 'all-linear'")
-    if excluded and _names(excluded, module):
+    if excluded and is_named(excluded, module):
         return False
     if isinstance(targets, str):
         if record.get("layers_to_transform") is not None:
             raise PeftError("layers_to_transform needs target_modules to be a list, as in peft")
-        return module != "lm_head" if targets.lower() == "all-linear" else _names(targets, module)
-    return _names(targets, module) and _is_layer(record, module)
+        return module != "lm_head" if targets.lower() == "all-linear" else is_named(targets, module)
+    return is_named(targets, module) and _is_layer(record, module)
 
 
-def _names(patterns: str | list[str], module: str) -> bool:
+def is_named(patterns: str | list[str], module: str) -> bool:
+    """Whether a regular expression for the whole name, or one of a list of names or their last parts, fits a module."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in patterns)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.method import AdapterMethod, Leaves, PeftForm, SiteBase, SiteDims
@@ -66,6 +67,12 @@ METHOD = AdapterMethod(
     peft=PeftForm(
         record=lambda config: {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": config.rank},
         at_site=lambda state, shared: {"prompt_embeddings": shared["rows"] + state["prompt"]},
+        leaves=lambda tensors, shared: {"prompt": tensors["prompt_embeddings"].astype(np.float32) - shared["rows"]},
+        claims=lambda record: record.get("peft_type") == "PROMPT_TUNING",
+        understood=frozenset(
+            {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"}
+            | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
+        ),
         whole=True,
     ),
     options=Options,

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         base.model.sites(),
         dtype=args.dtype,
         base_weight=base.site_weight,
+        base_bias=base.site_bias,
     )
     cohort = Cohort.of(config, base.model.sites())
     catalog = Catalog.open(args.catalog, create=True, signer=signer_of(args))

@@ -24,7 +24,7 @@ from popax.modeling.quantise_rules import QuantiseRules, as_rules
 from popax.modeling.quantised import SCALES, VALUES, Quantised, round_weight
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
-from popax.types import Params
+from popax.types import EMBED, Params
 
 RECORD, WEIGHTS = "popax_base.json", "weights"
 FORMAT = 1
@@ -43,13 +43,14 @@ class Base:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseInfo:
-    """What is known of a base that is not loaded. site_weight(site): its weight there, as `Model.site_weight` has it,
-    read when it is asked for."""
+    """What is known of a base that is not loaded. site_weight(site), site_bias(site): its arrays there, as those of
+    `Model`, read when they are asked for."""
 
     model: Model
     digest: str
     source: str
     site_weight: Callable[[str], jax.Array | np.ndarray]
+    site_bias: Callable[[str], jax.Array | np.ndarray | None]
 
 
 def new_base(model: Model, params: Params, *, source: str) -> Base:
@@ -102,18 +103,27 @@ def open_base(path: str | os.PathLike[str]) -> BaseInfo:
         record = _read_record(directory / RECORD)
         model = Model(ModelConfig.from_dict(record["config"]))
 
-        def restored(site: str) -> jax.Array:
-            return model.site_weight(load_base(path).params, site)
-
-        return BaseInfo(model=model, digest=record["digest"], source=record["source"], site_weight=restored)
+        params = functools.cache(lambda: load_base(path).params)
+        return BaseInfo(
+            model=model,
+            digest=record["digest"],
+            source=record["source"],
+            site_weight=lambda site: model.site_weight(params(), site),
+            site_bias=lambda site: model.site_bias(params(), site),
+        )
     if (directory / hf.CONFIG).is_file():
         model = Model(hf.read_config(directory))
         weights = hf.open_weights(directory, model)
 
         def read(site: str) -> np.ndarray:
-            return weights.read(model.weight_name(site))
+            return weights.read(f"{EMBED}/embedding" if site == EMBED else model.weight_name(site))
 
-        return BaseInfo(model=model, digest=weights.digest(), source=str(path), site_weight=read)
+        def read_bias(site: str) -> np.ndarray | None:
+            name = "" if site == EMBED else model.weight_name(site).removesuffix("kernel") + "bias"
+            return weights.read(name) if name in weights.sources else None
+
+        digest = weights.digest()
+        return BaseInfo(model=model, digest=digest, source=str(path), site_weight=read, site_bias=read_bias)
     raise _no_base(directory)
 
 

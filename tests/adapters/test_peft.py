@@ -221,7 +221,7 @@ def test_target_modules(toy, saved, changes, adapted):
     ("changes", "words"),
     [
         ({"peft_type": "LOHA"}, ["LOHA"]),
-        ({"use_dora": True}, ["use_dora"]),
+        ({"use_dora": True}, ["dora", "base_weight"]),
         ({"bias": "all"}, ["bias", "all"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save"]),
         ({"fan_in_fan_out": True}, ["fan_in_fan_out"]),

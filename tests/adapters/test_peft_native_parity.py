@@ -54,7 +54,7 @@ def test_peft_reads_what_popax_writes(pair, method, tmp_path):
         for leaf in sorted(set(leaves) - {"a"}):
             noise = 0.1 * jax.random.normal(next(keys), leaves[leaf].shape)
             # Zero beyond each layer's rank, as training leaves it.
-            leaves[leaf] = jnp.where(live[..., None], noise, 0.0) if leaf == "b" else noise
+            leaves[leaf] = jnp.where(live[..., None] if leaf == "b" else live[:, :1], noise, 0.0)
     adapter = cohort.refreshed(adapter, shared, lambda site: base.model.site_weight(base.params, site))
     own = base.model(base.params, jnp.asarray(TOKENS, jnp.int32), adapt=bind(cohort, adapter, shared))
     directory = save_peft(
@@ -71,5 +71,44 @@ def test_peft_reads_what_popax_writes(pair, method, tmp_path):
     wrapped.save_pretrained(tmp_path / "theirs")
     kinds = [json.loads((tmp_path / where / "adapter_config.json").read_text()) for where in ("adapter", "theirs")]
     assert kinds[0]["peft_type"] == kinds[1]["peft_type"]
-    with pytest.raises(PeftError, match=r"popax reads LORA|use_dora"):
+    weight, bias = base.model.site_arrays(base.params)
+    for where in ("adapter", "theirs"):
+        config, back = load_peft(tmp_path / where, base.model.sites(), base_weight=weight, base_bias=bias)
+        again = Cohort.of(config, base.model.sites())
+        assert (config.method, again.specs) == (method, cohort.specs)
+        jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6), back, adapter)
+    with pytest.raises(PeftError, match="base_weight="):
         load_peft(directory, base.model.sites())
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "up_proj"]], ids=["peft's own", "none inside"])
+def test_what_peft_writes_of_gains_means_the_same_here(pair, tmp_path, targets):
+    """(IA)^3 as peft configures a Llama: a gain on what enters down_proj, which is popax's on what up_proj puts out."""
+    _, base, place = pair
+    inner = {"target_modules": targets, "feedforward_modules": []} if targets else {}
+    copy = transformers.LlamaForCausalLM.from_pretrained(place).eval()
+    wrapped = peft.get_peft_model(copy, peft.IA3Config(task_type="CAUSAL_LM", **inner)).eval()
+    torch.manual_seed(2)
+    for name, value in wrapped.named_parameters():
+        if "ia3_l" in name:
+            value.data = 1.0 + 0.3 * torch.randn_like(value)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    weight, bias = base.model.site_arrays(base.params)
+    config, adapter = load_peft(tmp_path / "theirs", base.model.sites(), base_weight=weight, base_bias=bias)
+    cohort = Cohort.of(config, base.model.sites())
+    assert "layers.mlp.up_proj" in cohort.specs
+    assert "layers.mlp.down_proj" not in cohort.specs
+    shared = cohort.shared(weight, bias)
+    with torch.no_grad():
+        theirs = wrapped(torch.asarray(TOKENS)).logits.numpy()
+    own = base.model(base.params, jnp.asarray(TOKENS, jnp.int32), adapt=bind(cohort, adapter, shared))
+    np.testing.assert_allclose(own, theirs, atol=1e-4, rtol=1e-4)
+    # What enters o_proj is nothing that a site puts out; and a site has one gain.
+    for changes, words in (
+        ({"feedforward_modules": ["k_proj", "q_proj"]}, "gain on what enters it"),
+        ({"target_modules": ["o_proj"]}, "no module of its config"),
+    ):
+        record = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text()) | changes
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(record))
+        with pytest.raises(PeftError, match=words):
+            load_peft(tmp_path / "theirs", base.model.sites(), base_weight=weight, base_bias=bias)

@@ -229,7 +229,7 @@ def test_bfloat16_directories_keep_their_bits(pair, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "base_weight"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
