@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from popax.adapters.apply import bind, bind_slots
-from popax.adapters.base import AdapterConfig
+from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.chain import chain
 from popax.adapters.cohort import Cohort
 from popax.adapters.delta_mem import METHOD, SHIFT, unit, within, write
@@ -17,6 +17,8 @@ from popax.errors import ConfigError
 from popax.modeling.cache import init_cache
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
+from popax.serving.remember import read_text
+from tests.modeling.conftest import CONFIGS
 
 RANK, DIM = 4, 12
 ONES = jnp.ones((1, RANK))
@@ -234,3 +236,30 @@ def test_what_cannot_be_remembered_is_refused(reader):
         reader.slots([[0, 0, 1]])
     assert METHOD.kind == "hidden"
     assert reader.cohort.starts_at_base
+
+
+def test_two_stacks_with_latents_and_ranks_of_their_own():
+    """Latent attention's cache; dense layers before routed ones, each layer with its own part of the memory."""
+    model = Model(CONFIGS["deepseek"])
+    params = model.init(jax.random.key(1))
+    targets = (TargetRule(pattern=r"layers\.0\.out", rank=3), TargetRule(pattern=".*", rank=2))
+    cohort = Cohort.of(AdapterConfig(method="delta_mem", targets=targets), model.sites())
+    assert len(cohort.specs) == 2
+    rng = np.random.default_rng(10)
+    adapter = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), cohort.abstract())
+    adapt = bind(cohort, adapter, cohort.shared(*model.site_arrays(params)))
+    text = jnp.asarray([TEXTS[0]])
+    whole, _ = model.hidden(params, text, adapt=adapt)
+    cache, parts = init_cache(model.config, 1, 12, memory=adapt.memory), []
+    for first, last in ((0, 4), (4, 7)):
+        positions = jnp.arange(first, last)[None]
+        part, cache = model.hidden(params, text[:, first:last], positions_BxT=positions, cache=cache, adapt=adapt)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)
+    after = read_text(model, params, cohort, adapter, cohort.shared(*model.site_arrays(params)), TEXTS[0])
+    for name, spec in cohort.specs.items():
+        for layer, rank in enumerate(spec.ranks):
+            left = cache.memory[spec.info.first_layer + layer, 0, 6]
+            start = after[name]["start"][layer]
+            np.testing.assert_allclose(left[: start.size].reshape(start.shape), start, rtol=1e-3, atol=1e-3)
+            assert np.any(start[:, :rank, :rank] != adapter[name]["start"][layer][:, :rank, :rank])

@@ -22,7 +22,7 @@ SHAPES = EngineShapes(rows=(4,), groups=2, width=8, context=64, contexts=(), pag
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return World.make(tmp_path_factory.mktemp("bases") / "catalog", users=3, cohorts=COHORTS[:1])
+    return World.make(tmp_path_factory.mktemp("bases") / "catalog", users=3, cohorts=(COHORTS[0], COHORTS[-1]))
 
 
 def asked(world, engine, count=10):
