@@ -1,7 +1,10 @@
 """Every test runs on CPU with 8 devices, strict dtypes and strict ranks."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from tests.compile_flags import COMPILE_QUICKLY
@@ -11,6 +14,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", COMPILE_QUICKLY]
 )
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a test needs is downloaded
+# Workers, and the processes that tests start, compile the same programs again and again: they share what one has made.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="popax-compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import hypothesis
 import jax
