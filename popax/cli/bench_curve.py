@@ -21,9 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from popax.bench.curve.choice import choices, figures_of
     from popax.bench.curve.config import CurveConfig
     from popax.bench.curve.picture import draw_curve
-    from popax.bench.curve.run import bench_curve, chosen, figures_of
+    from popax.bench.curve.run import bench_curve
     from popax.bench.report import write_report
     from popax.evaluation.columns import EvalConfig
     from popax.training.config import TrainConfig
@@ -55,10 +56,11 @@ def run(args: argparse.Namespace) -> int:
                 rows += made
                 report()  # whole after every method
         except KeyboardInterrupt:
-            done = len(chosen(rows)) if rows else 0
+            done = len(choices(rows))
             raise KeyboardInterrupt(f"{done} methods are in {args.json or 'no report (--json)'}") from None
-    print(f"{'method':34s} {'bytes':>10s} {'gain':>8s} {'others':>8s}  best rate")
-    for method, same in sorted(chosen(rows).items(), key=lambda item: -item[1][0]["bytes"]):
-        gain, lost = (sum(row[name] for row in same) / len(same) for name in ("gain", "forgetting"))
-        print(f"{method:34s} {same[0]['bytes']:10,d} {gain:+8.4f} {-lost:+8.4f}  {same[0]['learning_rate']:.1e}")
+    print(f"{'method':34s} {'bytes':>10s} {'gain':>8s} {'others':>8s} {'rate':>6s} {'at its own':>11s}")
+    for method, choice in sorted(choices(rows).items(), key=lambda item: -item[1].bytes):
+        own = "" if choice.own_S is None else f"{choice.own_S.mean():+11.4f}"
+        gain, lost = choice.gain_S.mean(), choice.lost_S.mean()
+        print(f"{method:34s} {choice.bytes:10,d} {gain:+8.4f} {-lost:+8.4f} {choice.rate:6g} {own}")
     return 0

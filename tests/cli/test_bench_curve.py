@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from popax.bench.curve.choice import choices
 from popax.bench.curve.config import CurveConfig
-from popax.bench.curve.run import chosen, members_of
+from popax.bench.curve.run import members_of
 from popax.cli.main import main
 
 CURVE = """
@@ -49,16 +50,27 @@ def test_a_member_is_what_it_is_in_a_run_of_its_own(run, capsys):
         same = own[row["method"], 4.0, 0]
         for name in ("base", "own", "wrong", "gain", "validation"):
             assert row[name] == pytest.approx(same[name], abs=1e-4)
-    picked = chosen(rows)
-    for method, same in picked.items():
-        best = min(
-            (row["rate"] for row in rows if row["method"] == method),
-            key=lambda rate: np.mean(
-                [row["validation"] for row in rows if row["method"] == method and row["rate"] == rate]
-            ),
-        )
-        assert {row["rate"] for row in same} == {best}
-        assert report["figures"][f"gain of {method}"] == pytest.approx(np.mean([row["gain"] for row in same]))
+        assert np.mean(row["gains"]) == pytest.approx(row["gain"])
+    for method, choice in choices(rows).items():
+        assert report["figures"][f"gain of {method}"] == pytest.approx(choice.gain_S.mean())
+        at_one = [row["gain"] for row in rows if (row["method"], row["rate"]) == (method, 1.0)]
+        assert report["figures"][f"gain of {method} at its own rate"] == pytest.approx(np.mean(at_one))
+
+
+def test_a_users_rate_is_what_suits_the_others():
+    """Users 1 and 2 gain most at rate 2, user 0 at rate 4, by far: user 0 gets 2, and they get what 0 decides."""
+    gains = {1.0: [0.0, 0.1, 0.1], 2.0: [0.1, 0.3, 0.3], 4.0: [5.0, 0.2, 0.2]}
+    rows = [
+        {"method": "m", "bytes": 4, "rate": rate, "seed": seed, "gains": own, "losses": [seed, seed, seed]}
+        for rate, own in gains.items()
+        for seed in (0, 1)
+    ]
+    [choice] = choices(rows).values()
+    assert choice.rate_U.tolist() == [2.0, 4.0, 4.0]
+    assert choice.rate == 4.0
+    np.testing.assert_allclose(choice.gain_S, [(0.1 + 0.2 + 0.2) / 3] * 2)
+    np.testing.assert_allclose(choice.lost_S, [0.0, 1.0])
+    np.testing.assert_allclose(choice.own_S, [0.2 / 3] * 2)
 
 
 def test_who_is_who():

@@ -12,6 +12,7 @@ import numpy as np
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
+from popax.bench.curve.choice import choices
 from popax.bench.curve.config import CurveConfig, name_of
 from popax.data.pipeline import UserPipeline
 from popax.evaluation.columns import EvalConfig, Scorer, bits_per_byte, row_chunks
@@ -55,7 +56,8 @@ def bench_curve(
     evaluation: EvalConfig,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one method after the other: its mean over users for each seed and rate. See `figures_of`."""
+    """The rows of one method after the other: for each seed and rate its means over users, and each user's own numbers
+    in the order of `users`. See `choice.figures_of`."""
     cohorts = [Cohort.of(adapter, base.model.sites()) for adapter in config.adapters]
     who = members_of(config, users)
     plain: np.ndarray | None = None
@@ -75,10 +77,10 @@ def bench_curve(
         rows = list(_rows(config, adapter, cohort, who, plain, scored[0], scored[1], trained.validation_N))
         for row in rows:
             row["seconds"] = time.monotonic() - began
-        best = min(rows, key=lambda row: row["validation"])
+        [(method, choice)] = choices(rows).items()
         progress(
-            f"{best['method']}: {best['bytes']:,} bytes a user, gain {best['gain']:+.4f} bits per byte at "
-            f"{best['rate']:g} of its rate, {best['seconds']:.0f} s"
+            f"{method}: {choice.bytes:,} bytes a user, gain {choice.gain_S.mean():+.4f} bits per byte at "
+            f"{choice.rate:g} of its rate, {rows[0]['seconds']:.0f} s"
         )
         yield rows
 
@@ -155,25 +157,6 @@ def _rows(
                 "forgetting": float(np.mean((wrong_N - base_N)[at])),
                 "own_beats_base": float(np.mean((own_N < base_N)[at])),
                 "own_beats_wrong": float(np.mean((own_N < wrong_N)[at])),
+                "gains": (base_N - own_N)[at].tolist(),
+                "losses": (wrong_N - base_N)[at].tolist(),
             }
-
-
-def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """{method: its seeds' rows at one rate}: the rate whose validation, not whose result, is best over the seeds."""
-    by_rate: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for row in rows:
-        by_rate.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
-    return {
-        method: min(rates.values(), key=lambda same: np.mean([row["validation"] for row in same]))
-        for method, rates in by_rate.items()
-    }
-
-
-def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Each method's gain at its chosen rate, the mean over seeds, and how far seeds are apart; and how many methods."""
-    figures: dict[str, Any] = {"methods": len(chosen(rows))}
-    for method, same in chosen(rows).items():
-        gains = [row["gain"] for row in same]
-        figures[f"gain of {method}"] = float(np.mean(gains))
-        figures[f"spread of {method}"] = float(np.max(gains) - np.min(gains))
-    return figures
