@@ -60,7 +60,7 @@ def _choice(rows: Sequence[dict[str, Any]]) -> Choice:
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many methods; of each its gain, the mean over seeds, how far seeds are apart, and its gain at its own rate."""
+    """How many methods; of each the gain, its mean over seeds and their spread, and the gain at its own rate."""
     figures: dict[str, Any] = {"methods": len(_methods(rows))}
     for method, choice in choices(rows).items():
         figures[f"gain of {method}"] = float(np.mean(choice.gain_S))
