@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
 from popax.modeling.model import Model
-from popax.objectives.kl import with_kl
+from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
 from popax.population.continuation import continuation
 from popax.population.early_stop import observe
@@ -41,7 +41,7 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
     over = AXIS if placement.blocks > 1 else None
     step = population_step(
         cohort,
-        with_kl(model, objective) if config.kl_weight else objective,
+        sft_with_kl(model, remat=config.remat) if config.kl_weight else objective,
         config.optimizer,
         config.schedule,
         weight=model.site_weight,

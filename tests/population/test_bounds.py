@@ -10,7 +10,7 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.adapters.table import METHODS
 from popax.errors import ConfigError
-from popax.objectives.kl import with_kl
+from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
 from popax.population.bounds import total_norm, within_budget
 from popax.population.optimizer import adamw, constant
@@ -83,7 +83,7 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
     step = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
     trained, _ = step(bench.params, shared, state, random_batch(USERS))
     trained, _ = step(bench.params, shared, trained, random_batch(USERS, seed=1))
-    batch, objective = member(random_batch(USERS, seed=2), 0), with_kl(bench.model, sft(bench.model), chunk=3)
+    batch, objective = member(random_batch(USERS, seed=2), 0), sft_with_kl(bench.model, chunk=3)
     adapt = bind(cohort, member(trained, 0).adapters, shared)
     _, sums = objective(bench.params, adapt, batch)
 
@@ -106,7 +106,7 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
 
 def test_a_users_own_weight_holds_them_near_the_base(bench, random_batch):
     cohort, shared, state = _population(bench, "lora", kl_weight=np.float32([0.0, 1.0, 100.0]))
-    objective = with_kl(bench.model, sft(bench.model))
+    objective = sft_with_kl(bench.model)
     step = jax.jit(population_step(cohort, objective, adamw(), constant()))
     batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), random_batch(USERS))
     state = state._replace(adapters=jax.tree.map(lambda leaf: leaf.at[:].set(leaf[:1]), state.adapters))
