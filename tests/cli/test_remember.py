@@ -8,6 +8,7 @@ import pytest
 from popax.cli.main import main
 from popax.modeling.base import save_base
 from popax.store.catalog import Catalog
+from popax.version import code_version
 from tests.serving.world import COHORTS, World
 
 MEMORY = COHORTS[-1]
@@ -45,6 +46,7 @@ def test_a_revision_that_has_read_says_something_else_and_forgets_it(place, tmp_
     made = json.loads(record.read_text())["revision"]
     assert made["derived_from"][0][:2] == ["memory", 1]
     assert made["provenance"]["remembered"]["tokens"] >= 20 * 22
+    assert made["version"] == code_version()
     assert remember(place, "memory", "--forget") == 0
     catalog = Catalog.open(str(place / "catalog"), read_only=True)
     first, read, forgot = (catalog.load("memory", at)[0]["layers.out"] for at in (1, 2, 3))
