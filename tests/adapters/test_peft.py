@@ -37,6 +37,10 @@ def _random(cohort, seed=0):
     }
 
 
+def _load_native(toy, directory):
+    return load_peft(directory, toy.sites, base_weight=toy.weights.__getitem__, base_bias=toy.biases.__getitem__)
+
+
 def _layout(specs):
     return {name: (spec.ranks, spec.scales) for name, spec in specs.items()}
 
@@ -103,6 +107,11 @@ def test_any_method_is_written_as_its_exact_factors(toy, tmp_path, row):
         assert record == record | {
             key: value for key, value in cohort.method.peft.record(cohort.config).items() if value is not None
         }
+        config, back = _load_native(toy, directory)
+        again = Cohort.of(config, toy.sites)
+        assert (again.config.method, again.specs) == (cohort.config.method, cohort.specs)
+        ours, theirs = toy.run(cohort, adapter, toy.x()), toy.run(again, back, toy.x())
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
         return
     config, as_lora = load_peft(directory, toy.sites)
     ours, theirs = toy.run(cohort, adapter, toy.x()), toy.run(Cohort.of(config, toy.sites), as_lora, toy.x())
@@ -112,6 +121,27 @@ def test_any_method_is_written_as_its_exact_factors(toy, tmp_path, row):
         with pytest.raises(PeftError, match=f"{cohort.config.method}.*shared="):
             _save(tmp_path / "b", cohort, adapter)
         assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("ia3", {"feedforward_modules": ["down_proj"]}, "keeps one of a site"),
+        ("ia3", {"feedforward_modules": ["q_proj"]}, "gain on what enters it"),
+        ("ia3", {"target_modules": ["q_proj"]}, "no module of its config"),
+        ("ia3", {"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ("dora", {"r": 3, "rank_pattern": {}}, "this model and the config need"),
+        ("prompt", {"num_virtual_tokens": 5}, "this model and the config need"),
+        ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens=0"),
+        ("prompt", {"num_virtual_tokens": None}, "num_virtual_tokens=None"),
+    ],
+)
+def test_kinds_of_their_own_are_refused_by_name(toy, tmp_path, method, changes, words):
+    cohort = toy.cohort(method)
+    directory = _save(tmp_path / "a", cohort, toy.trained(cohort), shared=toy.shared(cohort))
+    _edit(directory, **changes)
+    with pytest.raises(PeftError, match=words):
+        _load_native(toy, directory)
 
 
 def test_lora_xs_factors_are_not_rounded_to_a_narrow_core(toy, tmp_path):
