@@ -116,11 +116,11 @@ def test_a_sum_by_name(world, server):
             client.post("/v1/completions", json={"model": name, "prompt": PROMPT, **GREEDY}).json()["choices"][0][
                 "text"
             ]
-            for name in ("user-1", "user-1+0*user-5", "user-1+0.5*user-5", "0.5*user-5 + user-1", "user-1+base")
+            for name in ("user-1", "user-1+0*user-3", "user-1+0.5*user-3", "0.5*user-3 + user-1", "user-1+base")
         ]
         assert texts[0] == texts[1] == texts[4] != texts[2] == texts[3]
-        assert client.get("/v1/models/user-1+0.5*user-5").json()["sum"][1]["weight"] == 0.5
-        for wrong in ("user-1+", "nan*user-1", "user-1+user-5+user-9", "x*user-1"):
+        assert client.get("/v1/models/user-1+0.5*user-3").json()["sum"][1]["weight"] == 0.5
+        for wrong in ("user-1+", "nan*user-1", "user-1+user-7+user-13", "x*user-1"):
             found = client.post("/v1/completions", json={"model": wrong, "prompt": "a"})
             assert found.status_code in (400, 404), (wrong, found.text)
 
