@@ -86,6 +86,7 @@ def load_peft(
     directory = Path(directory)
     record, method = read_record(directory / CONFIG)
     tensors = _read_tensors(directory)
+    _drop_head_copy(tensors, sites, base_weight)
     if method != "lora":
         if base_weight is None:
             raise PeftError(
@@ -94,7 +95,6 @@ def load_peft(
         kept = dtype or _one_dtype(directory, tensors)
         return read_native(method, record, tensors, sites, (base_weight, base_bias), kept)
     layout = layout_of(record, sites)
-    _drop_head_copy(tensors, sites, base_weight)
     modules = {
         module: (name, layer, layers[layer][0])
         for name, layers in layout.items()
