@@ -84,16 +84,16 @@ def load_peft(
     where popax cannot represent what the directory holds; pickled weights are never opened.
     """
     directory = Path(directory)
-    record, method = read_record(directory / CONFIG)
+    record, own = read_record(directory / CONFIG)
     tensors = _read_tensors(directory)
     _drop_head_copy(tensors, sites, base_weight)
-    if method != "lora":
+    if own is not None:
         if base_weight is None:
             raise PeftError(
-                f"{directory} holds {method}, which is kept as a difference from the base: pass base_weight="
+                f"{directory} holds {own.name}, which is kept as a difference from the base: pass base_weight="
             )
         kept = dtype or _one_dtype(directory, tensors)
-        return read_native(method, record, tensors, sites, (base_weight, base_bias), kept)
+        return read_native(own, record, tensors, sites, (base_weight, base_bias), kept)
     layout = layout_of(record, sites)
     modules = {
         module: (name, layer, layers[layer][0])

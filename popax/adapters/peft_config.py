@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from popax.adapters.base import ALL_LINEAR, AdapterConfig, SiteSpec, TargetRule, resolve
+from popax.adapters.method import AdapterMethod
 from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names, short_name
 from popax.adapters.table import METHODS, method_of
 from popax.errors import ConfigError, PeftError, SiteError
@@ -28,8 +29,8 @@ WITHOUT_EFFECT = {
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def read_record(path: Path) -> tuple[dict[str, Any], str]:
-    """(adapter_config.json, the method that it is of), once nothing in it asks for what popax cannot represent.
+def read_record(path: Path) -> tuple[dict[str, Any], AdapterMethod | None]:
+    """(adapter_config.json, the method whose own kind it is, None of a LoRA), once popax can represent all it asks for.
 
     Raises PeftError.
     """
@@ -57,7 +58,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], str]:
     asked = {key: record[key] for key in sorted(set(record) - UNDERSTOOD - own - WITHOUT_EFFECT) if record[key]}
     if asked:
         raise PeftError(f"{path}: popax cannot represent " + ", ".join(f"{key}={asked[key]!r}" for key in asked))
-    return record, claimed[0].name if claimed else "lora"
+    return record, claimed[0] if claimed else None
 
 
 def config_of(

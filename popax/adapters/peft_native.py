@@ -9,10 +9,9 @@ import numpy as np
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
-from popax.adapters.method import PeftForm
+from popax.adapters.method import AdapterMethod, PeftForm
 from popax.adapters.peft_config import config_of, record_of
 from popax.adapters.peft_layout import NO_ADAPTER, Layout, layout_of, module_names
-from popax.adapters.table import METHODS
 from popax.errors import ConfigError, PeftError
 from popax.types import EMBED, AdapterState, SiteInfo
 
@@ -56,7 +55,7 @@ def _cut(leaf: np.ndarray, axes: tuple[str, ...], rank: int) -> np.ndarray:
 
 
 def read_native(
-    method: str,
+    row: AdapterMethod,
     record: Mapping[str, Any],
     tensors: Tensors,
     sites: Mapping[str, SiteInfo],
@@ -67,17 +66,17 @@ def read_native(
 
     Raises PeftError where the tensors are not those that the record and the model's sites ask for.
     """
-    form = METHODS[method].peft
+    form = row.peft
     assert form is not None
     if form.whole:
         try:
-            config = AdapterConfig(method=method, rank=record["num_virtual_tokens"], dtype=dtype)
+            config = AdapterConfig(method=row.name, rank=record["num_virtual_tokens"], dtype=dtype)
         except (ConfigError, KeyError, TypeError) as error:
             raise PeftError(f"num_virtual_tokens={record.get('num_virtual_tokens')!r}: how many, 1 at least") from error
         found: dict[str, AtLayers] = {EMBED: {0: tensors}}
     else:
         layout, found = _by_site(form, record, layout_of(record, sites), tensors, sites)
-        config, _ = config_of(record, layout, sites, dtype=dtype, method=method)
+        config, _ = config_of(record, layout, sites, dtype=dtype, method=row.name)
     cohort = Cohort.of(config, sites)
     shared = cohort.shared(lambda site: jnp.asarray(base[0](site)), lambda site: _array(base[1](site)))
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), cohort.abstract())
