@@ -117,11 +117,9 @@ class SiteAdapters:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         form, operands = self.cohort.method.memory, (self.state[site], self.shared.get(site, {}), self.scale[site])
         assert form is not None
-        reader, slot_B = Reader(form, form.width(self.cohort.specs[site].rank), *operands), None
-        if self.slot is not None:
-            slot_B = self.slot[sequences_B]
+        slot_B = None if self.slot is None else self.slot[sequences_B]
         rows = (slot_B, before_BxW, self._drop(site, x_BxTxD), x_BxTxD, positions_BxT)
-        return recall_rows(reader, *rows, skips=self.weight is not None)
+        return recall_rows(Reader(form, *operands), *rows, skips=self.weight is not None)
 
     def embedded(self, x_BxTxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
         if not self.adapts(EMBED):

@@ -149,7 +149,7 @@ def _method(options: Options) -> AdapterMethod:
         shared_axes=dict.fromkeys("qkvwp", ("vector", "rank", "in")),
         shared=_shared,
         init=_init,
-        delta=one_text(form, lambda state: form.width(state["gain"].shape[-1])),
+        delta=one_text(form),
         norm=norm,
         shrink=lambda state, factor: state | {"gain": state["gain"] * factor},
         inits={"default": True},

@@ -15,7 +15,7 @@ from popax.adapters.method import Drop, Leaves, MemoryForm, rows_of
 
 
 class Remembered(NamedTuple):
-    """y: [T, F]. after: float32 [T, W], the state after each token."""
+    """y: [T, F]. after: float32 [T, W], the state after each token, W as that of what was before."""
 
     y_TxF: jax.Array
     after_TxW: jax.Array
@@ -33,10 +33,11 @@ def read(
 ) -> Remembered:
     """Consecutive tokens of a row: each reads the state that those before it left, then changes it.
 
-    before_W: the state after the token before the first of these. A token at position 0 begins a text; one at -1 is
-    none, reads what it finds and leaves it as it is.
+    before_W: the state after the token before the first of these, and whatever another's wider state has behind it. A
+    token at position 0 begins a text; one at -1 is none, reads what it finds and leaves it as it is.
     """
     start_W = form.start(state)
+    own = start_W.shape[0]
 
     def body(memory_W: jax.Array, each: tuple[jax.Array, Any]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         position, token = each
@@ -46,21 +47,18 @@ def read(
         return memory_W, (found, memory_W)
 
     tokens = form.tokens(state, shared, x_TxD)
-    _, (found, after_TxW) = jax.lax.scan(body, before_W, (positions_T, tokens))
+    _, (found, after_TxW) = jax.lax.scan(body, before_W[:own], (positions_T, tokens))
+    after_TxW = jnp.pad(after_TxW, ((0, 0), (0, before_W.shape[0] - own)))
     return Remembered(form.output(state, shared, scale, found, y_TxF), after_TxW)
 
 
-def one_text(form: MemoryForm, width: Callable[[Leaves], int]) -> Callable[..., jax.Array]:
-    """`AdapterMethod.delta` of a method that remembers: x [..., T, D] are texts from their beginnings.
-
-    width(state): of the texts' state.
-    """
+def one_text(form: MemoryForm) -> Callable[..., jax.Array]:
+    """`AdapterMethod.delta` of a method that remembers: x [..., T, D] are texts from their beginnings."""
 
     def delta(state: Leaves, shared: Leaves, scale: jax.Array, x: jax.Array, y: jax.Array, drop: Drop) -> jax.Array:
         def text(x_TxD: jax.Array, y_TxF: jax.Array) -> jax.Array:
             positions_T = jnp.arange(x_TxD.shape[0], dtype=jnp.int32)
-            before_W = jnp.zeros(width(state), jnp.float32)
-            return read(form, state, shared, scale, before_W, x_TxD, y_TxF, positions_T).y_TxF
+            return read(form, state, shared, scale, form.start(state), x_TxD, y_TxF, positions_T).y_TxF
 
         lead = x.shape[:-2]
         texts = jax.vmap(text)(drop(x).reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
@@ -70,10 +68,9 @@ def one_text(form: MemoryForm, width: Callable[[Leaves], int]) -> Callable[..., 
 
 
 class Reader(NamedTuple):
-    """A user's own state at one layer of a site, or those of S slots [S, ...]. width: of a text's state."""
+    """A user's own state at one layer of a site, or those of S slots [S, ...]."""
 
     form: MemoryForm
-    width: int
     state: Leaves
     shared: Leaves
     scale: jax.Array
@@ -91,20 +88,19 @@ def recall_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`popax.modeling.cache.Recall` of rows: of one user, or of each row's slot, -1 for none.
 
-    before: W may be more than this reader's own. features: y, after dropout. skips: do nothing where no row has a slot.
+    features: y, after dropout. skips: do nothing where no row has a slot.
     """
-    form, width, state, shared, scale = reader
+    form, state, shared, scale = reader
     one = lambda state, *row: read(form, state, shared, scale, *row)  # noqa: E731
-    rows = (before_BxW[:, :width], features_BxTxD, y_BxTxD, positions_BxT)
-    spare = ((0, 0), (0, 0), (0, before_BxW.shape[1] - width))
+    rows = (before_BxW, features_BxTxD, y_BxTxD, positions_BxT)
     if slot_B is None:
         y_BxTxD, after_BxTxW = jax.vmap(one, in_axes=(None, 0, 0, 0, 0))(state, *rows)
-        return y_BxTxD, jnp.pad(after_BxTxW, spare), jnp.ones(y_BxTxD.shape[0], bool)
+        return y_BxTxD, after_BxTxW, jnp.ones(y_BxTxD.shape[0], bool)
     own_B = slot_B >= 0
 
     def told() -> tuple[jax.Array, jax.Array]:
         own_BxTxD, after_BxTxW = jax.vmap(one)(rows_of(state, slot_B), *rows)
-        return jnp.where(own_B[:, None, None], own_BxTxD, y_BxTxD), jnp.pad(after_BxTxW, spare)
+        return jnp.where(own_B[:, None, None], own_BxTxD, y_BxTxD), after_BxTxW
 
     def untold() -> tuple[jax.Array, jax.Array]:
         return y_BxTxD, jnp.zeros((*positions_BxT.shape, before_BxW.shape[1]), jnp.float32)

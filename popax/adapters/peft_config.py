@@ -42,10 +42,13 @@ def read_record(path: Path) -> tuple[dict[str, Any], AdapterMethod | None]:
         raise PeftError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise PeftError(f"{path} holds {type(record).__name__}, not an object")
-    claimed = [row for row in METHODS.values() if row.peft is not None and row.peft.claims(record)]
-    if not claimed and record.get("peft_type") != "LORA":
-        raise PeftError(f"{path}: peft_type={record.get('peft_type')!r}; popax reads LORA, IA3 and PROMPT_TUNING")
-    own = claimed[0].peft.understood if claimed and claimed[0].peft is not None else frozenset()
+    forms = {name: row.peft for name, row in METHODS.items() if row.peft is not None}
+    own = next((name for name, form in forms.items() if form.claims(record)), None)
+    if own is None and record.get("peft_type") != "LORA":
+        kinds = [form.record(AdapterConfig(method=name)).get("peft_type", "LORA") for name, form in forms.items()]
+        reads = ", ".join(sorted({"LORA", *kinds}))
+        raise PeftError(f"{path}: peft_type={record.get('peft_type')!r}; popax reads {reads}")
+    understood = UNDERSTOOD | (forms[own].understood if own is not None else frozenset())
     if record.get("bias", "none") != "none":
         raise PeftError(f"{path}: bias={record['bias']!r}; popax adapters have no biases")
     start = record.get("init_lora_weights", True)
@@ -55,10 +58,10 @@ def read_record(path: Path) -> tuple[dict[str, Any], AdapterMethod | None]:
             "LoRA of the original base (save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
     # peft's defaults for everything else are false or empty; only a key that asks for something is refused.
-    asked = {key: record[key] for key in sorted(set(record) - UNDERSTOOD - own - WITHOUT_EFFECT) if record[key]}
+    asked = {key: record[key] for key in sorted(set(record) - understood - WITHOUT_EFFECT) if record[key]}
     if asked:
         raise PeftError(f"{path}: popax cannot represent " + ", ".join(f"{key}={asked[key]!r}" for key in asked))
-    return record, claimed[0] if claimed else None
+    return record, None if own is None else METHODS[own]
 
 
 def config_of(

@@ -27,10 +27,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from popax.adapters.base import AdapterConfig
     from popax.data.tokenize import load_tokenizer
     from popax.errors import CatalogError
     from popax.serving.pool import parse_request
-    from popax.serving.remember import remember
+    from popax.serving.remember import check_memory, remember
     from popax.serving.text import encode_prompt
     from popax.store.catalog import Catalog
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if request.user is None:
         raise CatalogError("base remembers nothing: name a user of the catalog")
     [manifest] = catalog.resolve([(request.user, request.revision)])
+    check_memory(AdapterConfig.from_dict(manifest.config))  # before a base is loaded for nothing
     base = base_of(args)
     tokens = None
     if text is not None:

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from popax.adapters.apply import bind
+from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
+from popax.adapters.table import METHODS, method_of
 from popax.errors import BaseMismatchError, ConfigError, DataError
 from popax.modeling.base import Base
 from popax.modeling.cache import init_cache
 from popax.modeling.model import Model
 from popax.serving.generate import power_of_two
 from popax.store.catalog import Catalog
+from popax.store.compose import Term, part_of
 from popax.store.manifest import Manifest
 from popax.types import AdapterState, Params
 
@@ -40,7 +43,7 @@ def read_text(
     and values do not. progress: told how many tokens have been read. Raises ConfigError where the cohort's method
     remembers nothing, DataError for an empty text.
     """
-    _check_memory(cohort)
+    check_memory(cohort.config)
     if not len(tokens):
         raise DataError("there is nothing to read: the text has no tokens")
     most = model.config.max_seq_len
@@ -56,7 +59,7 @@ def read_text(
 
 def forget(cohort: Cohort, adapter: AdapterState) -> AdapterState:
     """The adapter whose texts begin with nothing remembered. Raises ConfigError as `read_text` does."""
-    _check_memory(cohort)
+    check_memory(cohort.config)
     return _beginning(cohort, adapter, lambda first, count: jnp.zeros((count, cohort.memory)))
 
 
@@ -83,11 +86,11 @@ def _beginning(cohort: Cohort, adapter: AdapterState, memory_of: Callable[[int, 
     return begun
 
 
-def _check_memory(cohort: Cohort) -> None:
-    if not cohort.memory:
-        raise ConfigError(
-            f"method={cohort.config.method!r} remembers nothing of what it reads: train users with method='delta_mem'"
-        )
+def check_memory(config: AdapterConfig) -> None:
+    """Raises ConfigError where the config's method remembers nothing."""
+    if method_of(config).memory is None:
+        named = ", ".join(repr(name) for name, row in METHODS.items() if row.memory is not None)
+        raise ConfigError(f"method={config.method!r} remembers nothing of what it reads: train users with {named}")
 
 
 def remember(
@@ -106,10 +109,8 @@ def remember(
         raise BaseMismatchError(
             f"{manifest.shown} was made for the base {manifest.base_digest}, this one is {base.digest}: give that base"
         )
-    stored = catalog.cohort_of(manifest)
-    cohort = Cohort(stored.config, tuple(stored.specs.values()))
-    adapter, _ = catalog.load(manifest.user, manifest.revision)
-    adapter, shared = jax.tree.map(jnp.asarray, (adapter, catalog.shared(stored)))
+    cohort, *arrays, _ = part_of(catalog, Term(manifest))
+    adapter, shared = jax.tree.map(jnp.asarray, arrays)
     if tokens is None:
         adapter, read = forget(cohort, adapter), {"tokens": 0}
     else:
@@ -117,7 +118,7 @@ def remember(
         digest = hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
         read = {"tokens": len(tokens), "digest": digest}
     return catalog.commit(
-        stored,
+        catalog.cohort_of(manifest),
         manifest.user,
         jax.tree.map(np.asarray, adapter),
         provenance={**manifest.provenance, "remembered": read},

@@ -37,13 +37,10 @@ def test_a_text_begins_with_what_the_last_one_left(model, params, reader):
     np.testing.assert_allclose(left_LxW[:, : start[0].size].reshape(start.shape), start, rtol=1e-6, atol=1e-6)
     for leaf in ("gain", "gate"):
         np.testing.assert_array_equal(after["layers.out"][leaf], adapter["layers.out"][leaf])
-    # A session that goes on finds at its first token what was left: the write of that token is the same.
-    new = jnp.asarray([[7]])
-    _, begun = model.hidden(
-        params, new, cache=init_cache(model.config, 1, 4, memory=cohort.memory), adapt=bind(cohort, after, shared)
+    first, later = (
+        model.hidden(params, jnp.asarray([[7]]), adapt=bind(cohort, each, shared))[0] for each in (adapter, after)
     )
-    assert np.all(np.isfinite(begun.memory))
-    assert np.any(begun.memory[:, 0, 0] != cache.memory[:, 0, 0])
+    assert np.any(first != later)
 
 
 def test_a_text_longer_than_the_context_is_read_in_windows(model, params, reader):
