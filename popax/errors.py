@@ -31,6 +31,17 @@ class DataError(PopaxError):
     """An input record is malformed; names the file and the line."""
 
 
+class UserTextError(DataError):
+    """A record of one user cannot be laid out or tokenised: that user is set aside, and nobody else.
+
+    record: the record's number in its file, from 1 (where they came from no file: among the user's); file: its path.
+    """
+
+    def __init__(self, message: str, *, record: int | None = None, file: str | None = None):
+        super().__init__(message)
+        self.record, self.file = record, file
+
+
 class TokenizerError(PopaxError):
     """A tokenizer cannot be loaded, or lacks what was asked of it (a chat template, a special token)."""
 
@@ -65,6 +76,14 @@ class SignatureError(CatalogError):
 
 class GateError(CatalogError):
     """A revision was not scored, or not well enough, to be promoted; it stays a candidate."""
+
+
+class NonFiniteError(CatalogError):
+    """An adapter holds NaN or infinity where it would be stored: nothing of it was written. user: whose it is."""
+
+    def __init__(self, message: str, *, user: str = ""):
+        super().__init__(message)
+        self.user = user
 
 
 class StorageError(CatalogError):

@@ -10,12 +10,13 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import popax
-from popax.cli.processes import leave, supervised
+from popax.cli.processes import is_one_of_several, leave, supervised
 from popax.errors import PopaxError, Preempted, ProcessError
 
 COMMANDS: dict[str, str] = {
@@ -40,6 +41,7 @@ COMMANDS: dict[str, str] = {
 }
 
 EXIT_ERROR = 2
+EXIT_SOFTWARE = 70  # EX_SOFTWARE of sysexits.h: an error that is popax's own
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -74,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = error.exit_code if isinstance(error, PopaxError) else EXIT_ERROR
         leave(args, code)
         return code
+    except Exception:
+        if is_one_of_several(args):
+            # Python's own way out would wait for the other processes, and they for this one.
+            traceback.print_exc()
+            leave(args, EXIT_SOFTWARE)
+        raise
 
 
 def _quiet() -> None:

@@ -66,9 +66,14 @@ def open_mesh(args: argparse.Namespace) -> Iterator["Mesh | None"]:
         yield make_mesh(args.mesh) if args.mesh or args.distributed else None
 
 
+def is_one_of_several(args: argparse.Namespace) -> bool:
+    """Whether this is a process of a run of several."""
+    return getattr(args, "distributed", False) and is_supervised()
+
+
 def leave(args: argparse.Namespace, code: int) -> None:
     """End one of several processes after an error at once: exit handlers would wait for the others."""
-    if not getattr(args, "distributed", False) or not is_supervised():
+    if not is_one_of_several(args):
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple, cast
 import grain
 import numpy as np
 
-from popax.data.packing import encode_example, pack_documents, zero_batch
+from popax.data.packing import Document, encode_example, pack_documents, zero_batch
+from popax.data.records import Example
 from popax.data.tokenize import Tokenizer
 from popax.data.users import UserDataset, split_past_future
-from popax.errors import ConfigError, DataError
+from popax.errors import ConfigError, DataError, PopaxError, UserTextError
 from popax.types import Batch
 
 SPLITS = ("past", "validation", "future")
@@ -100,14 +101,26 @@ class UserPipeline:
         examples = self.dataset.examples(user)
         ranges = split_past_future(len(examples), self.config.past_fraction, self.config.validation_fraction)
         past, validation, future = (
-            pack_documents(
-                (encode_example(examples[i], self.tokenizer) for i in part), self.config.seq_len, pack=self.config.pack
-            )
+            pack_documents((self._encode(examples[i]) for i in part), self.config.seq_len, pack=self.config.pack)
             for part in ranges
         )
         order = _shuffled(len(past.tokens_BxT), user_seed(user, self.config.seed))
         batches = order.batch(self.config.batch_size).map(lambda rows: _take(past, rows))
         return _User(past, validation, future, batches)
+
+    def _encode(self, example: Example) -> Document:
+        """Raises UserTextError, with the record's place, where the template or the tokenizer refuses it."""
+        try:
+            return encode_example(example, self.tokenizer)
+        except Exception as error:  # a template, and the `tokenizers` library, raise whatever they like
+            file, number = self.dataset.place(example)
+            where = f"{file}, record {number}" if file else f"example {number}"
+            why = str(error) if isinstance(error, PopaxError) else f"{type(error).__name__}: {error}"
+            raise UserTextError(
+                f"user {example.user!r}: {where} cannot be tokenised: {why}; correct or remove it",
+                record=number,
+                file=file,
+            ) from error
 
 
 class MixedUsers:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +54,22 @@ class Example:
     messages: tuple[Mapping[str, Any], ...] | None = None
 
 
+class Located(NamedTuple):
+    """An example, the file it was read from, and its number there: a line, or a row of Parquet, from 1."""
+
+    example: Example
+    file: str
+    number: int
+
+
 class _Row(NamedTuple):
     location: str
+    number: int
     values: Mapping[str, Any]
+
+
+# What to do with a record that names its user but is malformed: told the user, the error, the file and the number.
+Refuse = Callable[[str, DataError, str, int], None]
 
 
 def find_sources(sources: Sources) -> list[Path]:
@@ -88,11 +101,30 @@ def read_examples(sources: Sources, columns: Columns | None = None) -> Iterator[
     Raises DataError that names the file and the line (the row in Parquet) of a record without user, without any of
     text, prompt+completion and messages, or malformed.
     """
+    return (located.example for located in read_located(sources, columns))
+
+
+def read_located(
+    sources: Sources, columns: Columns | None = None, *, refuse: Refuse | None = None
+) -> Iterator[Located]:
+    """As `read_examples`, with each example's place; indices count what is yielded.
+
+    refuse: is told of a malformed record whose user is known, which is then left out; None raises it. What cannot be
+    anybody's (a line that is not JSON, a record without user) is raised in either case.
+    """
     columns = columns or Columns()
     index = 0
     for path in find_sources(sources):
-        for location, values in _read_rows(path, columns):
-            yield _example(location, values, columns, index)
+        for location, number, values in _read_rows(path, columns):
+            user = _user(location, values, columns)
+            try:
+                example = _example(location, user, values, columns, index)
+            except DataError as error:
+                if refuse is None:
+                    raise
+                refuse(user, error, str(path), number)
+                continue
+            yield Located(example, str(path), number)
             index += 1
 
 
@@ -120,7 +152,7 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
                 raise DataError(f"{location}: not JSON ({error}); write one JSON object a line, in UTF-8") from error
             if not isinstance(values, dict):
                 raise DataError(f"{location}: a {type(values).__name__}, not a JSON object with a user")
-            yield _Row(location, values)
+            yield _Row(location, number, values)
 
 
 def _read_parquet(path: Path) -> Iterator[_Row]:
@@ -129,7 +161,7 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
         for batch in file.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
-                yield _Row(f"{path}:row {number}", values)
+                yield _Row(f"{path}:row {number}", number, values)
 
 
 def _read_csv(path: Path, columns: Columns) -> Iterator[_Row]:
@@ -146,14 +178,15 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[_Row]:
                     raise DataError(
                         f"{location}: not as many cells as the header's {len(header)}; quote commas in text"
                     )
-                yield _Row(location, {k: v if v or len(kinds) == 1 else None for k, v in values.items()})
+                cells = {k: v if v or len(kinds) == 1 else None for k, v in values.items()}
+                yield _Row(location, reader.line_num, cells)
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(
                 f"{location} or the line after: {error}; use JSONL or Parquet for long documents"
             ) from error
 
 
-def _example(location: str, values: Mapping[str, Any], columns: Columns, index: int) -> Example:
+def _user(location: str, values: Mapping[str, Any], columns: Columns) -> str:
     user = values.get(columns.user)
     if isinstance(user, int) and not isinstance(user, bool):
         user = str(user)
@@ -162,13 +195,22 @@ def _example(location: str, values: Mapping[str, Any], columns: Columns, index: 
             f"{location}: {columns.user!r} is {user!r}; every record needs a non-empty user "
             "(or name the column that holds it: columns.user)"
         )
+    _refuse_surrogates(location, user)
+    return user
+
+
+def _example(location: str, user: str, values: Mapping[str, Any], columns: Columns, index: int) -> Example:
     content = _content(location, values, columns)
     example = Example(user=user, index=index, time=_time(location, values, columns), **content)
+    _refuse_surrogates(location, content)
+    return example
+
+
+def _refuse_surrogates(location: str, value: Any) -> None:
     try:
-        json.dumps([user, content], ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{location}: holds half of a surrogate pair, which is not text ({error})") from error
-    return example
 
 
 def _content(location: str, values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:

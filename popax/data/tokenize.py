@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,12 @@ class Tokenizer:
             inside[start:end] = 1.0
         num_bytes = np.where(np.isin(encoded.ids, self._special_ids), 0, encoded.num_bytes).astype(np.int32)
         return EncodedChat(encoded.ids, num_bytes, inside[starts])
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that decides which tokens a text becomes: the vocabulary, special tokens, the template."""
+        whole = json.dumps([json.loads(self.to_json()), self._config], sort_keys=True, default=str)
+        return hashlib.sha256(whole.encode()).hexdigest()
 
     def to_json(self) -> str:
         """What `save` writes as tokenizer.json."""

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, final
 
+from popax.data.digest import digest_of
+from popax.data.places import Refused
+from popax.data.reader import RecordReader
 from popax.data.records import Example
-from popax.data.tfds import RecordReader
 from popax.errors import DataError
 
 
@@ -13,6 +15,10 @@ class _Reader(Protocol):
     def users(self) -> list[str]: ...
     def record_ids(self, user: str) -> Sequence[int]: ...
     def examples(self, user: str) -> list[Example]: ...
+    def counts(self) -> dict[str, int]: ...
+    def digests(self, users: Sequence[str]) -> dict[str, str]: ...
+    def refused(self) -> dict[str, Refused]: ...
+    def place(self, example: Example) -> tuple[str | None, int]: ...
 
 
 @final
@@ -44,6 +50,26 @@ class UserDataset:
         """All of the user's examples, oldest first."""
         return self._reader.examples(user)
 
+    def counts(self) -> dict[str, int]:
+        """Everybody's number of examples, without reading any."""
+        return self._reader.counts()
+
+    def digests(self, users: Sequence[str]) -> dict[str, str]:
+        """The digest of each of these users' text (`popax.data.digest`).
+
+        It is part of a built dataset; of one that an older version built, and in memory, the text is read for it.
+        """
+        known = self._reader.digests(users)
+        return {user: known[user] if user in known else digest_of(self.examples(user)) for user in users}
+
+    def refused(self) -> dict[str, Refused]:
+        """Users whose records could not be taken when it was built: they are not among `users`."""
+        return self._reader.refused()
+
+    def place(self, example: Example) -> tuple[str | None, int]:
+        """The file that one of its examples was read from (None: none is known) and the example's number there."""
+        return self._reader.place(example)
+
 
 class _InMemory:
     def __init__(self, examples: Mapping[str, Sequence[Example | str]]):
@@ -65,6 +91,18 @@ class _InMemory:
         if user not in self._examples:
             raise DataError(f"no user {user!r} among the {len(self._examples)} in memory")
         return list(self._examples[user])
+
+    def counts(self) -> dict[str, int]:
+        return {user: len(own) for user, own in self._examples.items()}
+
+    def digests(self, users: Sequence[str]) -> dict[str, str]:
+        return {}  # text in memory is as quickly read
+
+    def refused(self) -> dict[str, Refused]:
+        return {}
+
+    def place(self, example: Example) -> tuple[str | None, int]:
+        return None, example.index + 1
 
 
 class PastFuture(NamedTuple):

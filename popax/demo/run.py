@@ -73,7 +73,7 @@ def run_demo(
     if not report.finished:
         raise Stopped(f"iteration {report.iterations} is checkpointed in {directory}; the same command continues")
     say("training the shared adapter on everybody's text, as many tokens, and scoring all columns")
-    scores = session.compare(report.run)
+    scores = session.compare()
     best = sorted(scores, key=lambda row: row.own - row.base)
     writers = [row.user for row in best[: config.generate_users]]
     texts = write_texts(base, tokenizer, session.catalog, writers, config)

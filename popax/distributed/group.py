@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from popax import errors
-from popax.errors import PopaxError
+from popax.errors import PopaxError, ProcessError
 
 T = TypeVar("T")
 
@@ -60,17 +60,24 @@ class ProcessGroup:
         self.gather(None)
 
     def leader_first(self, work: Callable[[], T]) -> T:
-        """work() by process 0, then by the others, who find what it made. Its error is raised by all, by its name."""
+        """work() by process 0, then by the others, who find what it made.
+
+        Its error is raised by all: one of popax's by its name, any other as a ProcessError that says which it is.
+        """
         if self.count == 1:
             return work()
         if self.leads:
             try:
                 made = work()
-            except PopaxError as error:
+            except BaseException as error:
+                # Whatever it is, the others wait for it.
                 self.gather({"name": type(error).__name__, "message": str(error)})
                 raise
             self.gather(None)
             return made
         if (failure := self.gather(None)[0]) is not None:
-            raise getattr(errors, failure["name"])(f"process 0: {failure['message']}")
+            kind = getattr(errors, failure["name"], None)
+            if isinstance(kind, type) and issubclass(kind, PopaxError):
+                raise kind(f"process 0: {failure['message']}")
+            raise ProcessError(f"process 0: {failure['name']}: {failure['message']}")
         return work()

@@ -169,6 +169,10 @@ class Catalog:
         """Each user's pointers, read in parallel; None for an unknown user."""
         return read_users(self._database, None, users)
 
+    def latest(self, record: UserRecord) -> Manifest:
+        """The latest manifest of a user, which is inside their record: nothing more is read."""
+        return self._loader.latest(record)
+
     def load(self, user: str, revision: Which = None, *, base_digest: str | None = None) -> Loaded:
         """One revision: a number, "latest" (the default), "promoted", or a tag. Its leaves are NumPy [L, ...], views of
         the one row that was read.

@@ -137,9 +137,7 @@ class CheckpointStore:
         if step is None or step not in self._manager.all_steps():
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has steps {self.steps()}")
         with _named_errors(self._directory):
-            description = self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[
-                RECORD
-            ]
+            description = self._description(step)
         wanted: dict[str, dict[str, Any]] = {
             ADAPTERS: dict.fromkeys(description[ADAPTERS]) if adapters is None else flatten_named(adapters),
             TRAIN_STATE: dict.fromkeys(description[TRAIN_STATE]) if train_state is None else named_leaves(train_state),
@@ -151,6 +149,14 @@ class CheckpointStore:
         flat = {name: as_key(leaf, description[TRAIN_STATE][name]) for name, leaf in found[TRAIN_STATE].items()}
         state = flat if train_state is None else jax.tree.unflatten(jax.tree.structure(train_state), flat.values())
         return Restored(step, unflatten_named(found[ADAPTERS]), state, description["record"])
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The record that was saved with a step; no array is read. Raises CheckpointError where it cannot be read."""
+        with _named_errors(self._directory):
+            return self._description(step)["record"]
+
+    def _description(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
 
     def latest(self) -> int | None:
         """The newest finished step, None where there is none."""

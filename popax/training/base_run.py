@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
+from popax.data.digest import digest_of_users
 from popax.data.pipeline import PipelineConfig, UserPipeline
+from popax.data.places import Refused
 from popax.data.tokenize import Tokenizer, load_tokenizer
 from popax.data.users import UserDataset
 from popax.errors import DataError
@@ -18,6 +20,7 @@ from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.objectives.sft import sft
 from popax.training.inputs import check_fits, make_tokenizer, save_once, texts_of
+from popax.training.news import DataIdentity
 from popax.training.pretrain import PretrainConfig, PretrainHooks, pretrain
 from popax.training.record import RunRecord
 from popax.types import NO_ADAPT, Params
@@ -63,8 +66,12 @@ def pretrain_base(
         "tokenizer": tokenizer,
         "users": len(users),
         "examples": sum(map(dataset.num_examples, users)),
+        "text": DataIdentity.of(dataset, users).digest,
     }
-    RunRecord.open(directory, settings, list)
+    if (record := RunRecord.read(directory)) is None:
+        RunRecord.new(settings, []).write(directory)
+    else:
+        record.check_settings(settings, directory)
     chosen = _tokenizer(tokenizer, dataset, users, directory / "tokenizer")
     check_fits(model, chosen, pipeline_config.seq_len)
     pipeline = UserPipeline(grouped, chosen, pipeline_config)
@@ -140,3 +147,17 @@ class _Grouped:
 
     def examples(self, user: str) -> list[Any]:
         return [example for one in self._groups[user] for example in self._dataset.examples(one)]
+
+    def counts(self) -> dict[str, int]:
+        return {user: len(self.record_ids(user)) for user in self._groups}
+
+    def digests(self, users: Sequence[str]) -> dict[str, str]:
+        return {
+            user: digest_of_users(self._dataset.digests(own), own) for user in users for own in [self._groups[user]]
+        }
+
+    def refused(self) -> dict[str, Refused]:
+        return {}
+
+    def place(self, example: Any) -> tuple[str | None, int]:
+        return self._dataset.place(example)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from popax.adapters.cohort import Cohort
 from popax.data.users import UserDataset
 from popax.distributed.group import ProcessGroup
-from popax.errors import CatalogError, StorageError
+from popax.errors import CatalogError, NonFiniteError, StorageError
 from popax.modeling.base import Base
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState, selected_adapters
@@ -19,9 +19,11 @@ from popax.population.turns import Turns
 from popax.store.catalog import Catalog, Commit, Revision
 from popax.store.checkpoint import CheckpointStore
 from popax.store.layout import RowLayout
+from popax.training.aside import SetAside
 from popax.training.config import TrainConfig
 from popax.training.members import Finished
-from popax.training.record import data_provenance
+from popax.training.news import data_provenance
+from popax.training.record import CHECKPOINTS
 from popax.training.stream import Seating
 from popax.types import AdapterState, Params
 
@@ -42,6 +44,7 @@ class RunFiles:
         turns: Turns,
     ):
         self._config, self._dataset, self._catalog, self._run = config, dataset, catalog, run
+        self._refused: list[SetAside] = []
         self._turns = turns
         self._group, self._staged = ProcessGroup.current(), []
         self.shared = shared_arrays(base, cohort, catalog, turns.placement.mesh)
@@ -49,7 +52,7 @@ class RunFiles:
         self._stored = self._group.leader_first(
             lambda: catalog.cohort(config.adapter, cohort.specs, base.digest, layout, self.shared or None)
         )
-        self._checkpoints = CheckpointStore(directory / "checkpoints", cohort=self._stored, shared=self.shared)
+        self._checkpoints = CheckpointStore(directory / CHECKPOINTS, cohort=self._stored, shared=self.shared)
 
     def commit(self, finished: Sequence[Finished]) -> None:
         """All of these users in one transaction; runs on the writer's thread.
@@ -57,10 +60,25 @@ class RunFiles:
         One of several processes writes their rows into its own shard, where nobody sees them before `publish`.
         """
         commits = [self._revision(one) for one in finished]
+        while commits:
+            try:
+                return self._write(commits)
+            except NonFiniteError as error:
+                # A state that is finite in training may not be in fewer bits: that user keeps what they had.
+                self._refused.append(SetAside.of(error.user, error))
+                commits = [one for one in commits if one.user != error.user]
+
+    def _write(self, commits: Sequence[Commit]) -> None:
         if self._group.count == 1:
             self._catalog.commit_batch(self._stored, commits)
         else:
             self._staged += self._catalog.stage_batch(self._stored, commits, shard=self._group.index)
+
+    def refused(self) -> list[SetAside]:
+        """Users whose adapter could not be committed by any process since this was asked last."""
+        told = self._group.gather([one.to_dict() for one in self._refused])
+        self._refused = []
+        return [SetAside(**one) for part in told for one in part]
 
     def publish(self, failure: BaseException | None) -> None:
         """What all processes wrote becomes visible in one transaction of process 0's, or nothing does."""
@@ -102,7 +120,11 @@ class RunFiles:
             adapters=adapters,
             train_state=rest,
             users=seating.table.users,
-            record={"run": self._run, "table": dataclasses.asdict(seating.table)},
+            record={
+                "run": self._run,
+                "table": dataclasses.asdict(seating.table),
+                "aside": [one.to_dict() for one in seating.aside],
+            },
         )
 
     def restore(self, fresh: Seating) -> Seating | None:
@@ -116,6 +138,7 @@ class RunFiles:
             restored.step,
             SlotTable(users=tuple(table["users"]), next=table["next"]),
             self._turns.apart(_together(restored.adapters, restored.train_state)),
+            tuple(SetAside(**one) for one in restored.record.get("aside", ())),
         )
 
     def close(self) -> None:
@@ -123,10 +146,13 @@ class RunFiles:
 
 
 def _failure_of(work: Callable[[], object]) -> str | None:
+    """What it raised, whatever that is: the other processes wait to be told."""
     try:
         work()
     except CatalogError as error:
         return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -26,11 +26,14 @@ def open_users(
     columns: Columns | None = None,
     *,
     progress: bool = False,
+    set_aside: bool = False,
+    may_replace: Callable[[], object] | None = None,
 ) -> UserDataset:
     """A dataset directory as it is; raw sources (popax.data.records) built into `directory` first.
 
-    A dataset that was built there from the same bytes and columns is used again. Raises DataError where it was built
-    from others, and whatever `build_dataset` raises.
+    A dataset that was built there from the same bytes and columns is used again; one of others is built anew where
+    may_replace() raises nothing, and without it refused (DataError). set_aside: as `build_dataset` has it. Raises
+    whatever `build_dataset` raises; the dataset before is then still there.
     """
     if len(sources) == 1 and _is_dataset(Path(sources[0])):
         return UserDataset.open(Path(sources[0]))
@@ -42,21 +45,26 @@ def open_users(
     record = json.loads(json.dumps(record))
     path = directory / SOURCES_FILE
     if _is_dataset(directory):
-        if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != record:
+        if path.exists() and _same_sources(json.loads(path.read_text(encoding="utf-8")), record):
+            return UserDataset.open(directory)
+        if may_replace is None:
             raise DataError(
                 f"{directory} holds a dataset of other sources or columns: choose another output directory, remove "
                 "this one, or give it as the data itself"
             )
-        return UserDataset.open(directory)
-    # Before the dataset, which appears as a whole: there is never a dataset without its record.
-    write_json(path, record)
-    build_dataset([str(file) for file in files], directory, columns=columns, progress=progress)
+        may_replace()
+
+    def write(place: Path) -> None:
+        build_dataset([str(file) for file in files], place, columns=columns, progress=progress, set_aside=set_aside)
+        write_json(place / SOURCES_FILE, record)
+
+    save_once(directory, write, replace=True)
     return UserDataset.open(directory)
 
 
 def select_users(dataset: UserDataset, *, at_least: int = 0, below: int | None = None) -> list[str]:
     """Users with at_least <= examples < below. Raises DataError where there is none."""
-    counts = {user: dataset.num_examples(user) for user in dataset.users()}
+    counts = dataset.counts()
     chosen = [user for user, count in counts.items() if count >= at_least and (below is None or count < below)]
     if not chosen:
         limits = f"at least {at_least}" + (f" and fewer than {below}" if below is not None else "")
@@ -107,21 +115,35 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_once(final: Path, write: Callable[[Path], None]) -> None:
-    """A directory that `write` fills: it appears under its name when it is complete."""
-    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
+def save_once(final: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
+    """A directory that `write` fills: it appears under its name when it is complete.
+
+    replace: in place of one of that name, which a kill between the two renames leaves without a successor: only for
+    what can be made again.
+    """
+    partial, old = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(partial)
+        if replace and final.exists():
+            os.rename(final, old)
         os.rename(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_dataset(directory: Path) -> bool:
     nested = (path for path in directory.glob("*/*/dataset_info.json") if not path.parts[-3].startswith("."))
     return (directory / "dataset_info.json").is_file() or any(nested)
+
+
+def _same_sources(kept: dict[str, Any], now: dict[str, Any]) -> bool:
+    # By their bytes, in their order: a file that was moved or renamed is the same text.
+    return kept["columns"] == now["columns"] and [one["sha256"] for one in kept["files"]] == [
+        one["sha256"] for one in now["files"]
+    ]
 
 
 def _sha256(path: Path) -> str:

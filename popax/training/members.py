@@ -13,14 +13,19 @@ import numpy as np
 
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
-from popax.errors import PopulationError
+from popax.errors import PopaxError, PopulationError
 from popax.population.continuation import continued
 from popax.population.state import HParams, PopulationState, init_member
 from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest
+from popax.training.aside import OF_ONE_USER, SetAside
 from popax.training.config import TrainConfig
+from popax.training.news import latest_manifests
 from popax.types import AdapterState
+
+# A revision with the promise of its row, or why a user's cannot be continued.
+Asked = tuple[Manifest, Row] | PopaxError
 
 
 def user_key(seed: int, user: str) -> jax.Array:
@@ -33,6 +38,8 @@ class MemberSource:
     """Prepares members ahead of time: fresh ones, or ones that continue the user's latest revision.
 
     steps_of(user): the user's number of steps; it reads the user's text, which is thereby ready when they are seated.
+    A user whose text or revision cannot be used, or who has nothing to learn from, is set aside: nobody else's load
+    fails for it.
     With config.keep_optimizer the state that was kept beside a revision is continued, a fresh one where none was.
     Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
     Rows come through residency's loader, those of users who are prefetched together in one batch.
@@ -49,10 +56,10 @@ class MemberSource:
         run: str = "",
         threads: int = 2,
     ):
-        self._config, self.steps_of = config, steps_of
+        self._config, self._steps_of = config, steps_of
         self._catalog, self._base_digest, self._run = catalog, base_digest, run
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
-        self._pending: dict[str, concurrent.futures.Future[PopulationState]] = {}
+        self._pending: dict[str, concurrent.futures.Future[PopulationState | SetAside]] = {}
         self._rows = None if catalog is None else RowLoader(catalog.read_rows, lambda rows: None)
         tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
 
@@ -69,8 +76,8 @@ class MemberSource:
             asked = self._pool.submit(self._ask, fresh)
             self._pending |= {user: self._pool.submit(self._load, user, asked) for user in fresh}
 
-    def start(self, user: str) -> PopulationState:
-        """This user's member; waits for its load."""
+    def start(self, user: str) -> PopulationState | SetAside:
+        """This user's member, or why they cannot be trained; waits for its load."""
         self.prefetch([user])
         return self._pending.pop(user).result()
 
@@ -79,23 +86,39 @@ class MemberSource:
         if self._rows is not None:
             self._rows.close()
 
-    def _ask(self, users: Sequence[str]) -> dict[str, tuple[Manifest, Row]]:
+    def _ask(self, users: Sequence[str]) -> dict[str, Asked]:
         """The revision that each of those users continues who have one, and the promise of its row."""
         if self._catalog is None or self._rows is None:
             return {}
-        parents = {user: parent for user in users if (parent := self._parent(user)) is not None}
-        manifests = self._catalog.resolve(list(parents.items()))
-        return dict(zip(parents, zip(manifests, self._rows.ask(manifests), strict=True), strict=True))
+        parents = {
+            user: self._parent(user, latest)
+            for user, latest in zip(users, latest_manifests(self._catalog, users), strict=True)
+        }
+        found = {user: parent for user, parent in parents.items() if isinstance(parent, Manifest)}
+        rows = dict(zip(found, self._rows.ask(list(found.values())), strict=True))
+        errors = {user: parent for user, parent in parents.items() if isinstance(parent, PopaxError)}
+        return errors | {user: (parent, rows[user]) for user, parent in found.items()}
 
-    def _load(self, user: str, asked: concurrent.futures.Future[dict[str, tuple[Manifest, Row]]]) -> PopulationState:
-        settings = self._config.member_settings(self.steps_of(user))
+    def _load(self, user: str, asked: concurrent.futures.Future[dict[str, Asked]]) -> PopulationState | SetAside:
+        try:
+            return self._member(user, asked)
+        except OF_ONE_USER as error:
+            return SetAside.of(user, error)
+
+    def _member(self, user: str, asked: concurrent.futures.Future[dict[str, Asked]]) -> PopulationState | SetAside:
+        steps = self._steps_of(user)
+        if not steps:
+            return SetAside.idle(user)
+        settings = self._config.member_settings(steps)
         key = user_key(self._config.seed, user)
         found = asked.result().get(user)
         if found is None:
             return self._fresh(key, settings)
+        if isinstance(found, PopaxError):
+            raise found
         assert self._catalog is not None
         manifest, row = found
-        # A revision of another base is this user's error, told when the user is started, and not that of the batch.
+        # Here, not in the batch: a revision of another base, or one that nobody trusted signed, is this user's error.
         self._catalog.resolve([(user, manifest.revision)], base_digest=self._base_digest)
         if AdapterConfig.from_dict(manifest.config) != self._config.adapter:
             raise PopulationError(
@@ -112,11 +135,16 @@ class MemberSource:
         except PopulationError as error:
             raise PopulationError(f"{manifest.shown}: {error}") from error
 
-    def _parent(self, user: str) -> int | None:
-        if self._catalog is None or not self._catalog.exists(user):
-            return None
-        earlier = [entry.revision for entry in self._catalog.history(user) if entry.run != self._run]
-        return max(earlier, default=None)
+    def _parent(self, user: str, latest: Manifest | PopaxError | None) -> Manifest | PopaxError | None:
+        """The newest of the user's revisions that is not this run's; histories may be long, so from the end."""
+        assert self._catalog is not None
+        found = latest
+        try:
+            while isinstance(found, Manifest) and found.run == self._run:
+                found = None if found.parent is None else self._catalog.resolve([(user, found.parent)])[0]
+        except OF_ONE_USER as error:
+            return error
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,20 +22,11 @@ from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
 from popax.training.files import RunFiles
 from popax.training.members import MemberSource, RevisionWriter
-from popax.training.record import RunRecord, users_with_new_data
+from popax.training.news import DataIdentity, users_with_new_data
+from popax.training.record import RunRecord
+from popax.training.report import Listing, RunReport, finish_round, report_of
+from popax.training.rounds import Identity, open_round
 from popax.training.stream import Hooks, PopulationStream, Seating
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunReport:
-    """What a run did. finished is False where it was stopped; the same call then continues it."""
-
-    run: str
-    trained: tuple[str, ...]
-    nothing_to_learn: tuple[str, ...]
-    up_to_date: int
-    iterations: int
-    finished: bool
 
 
 def train_population(
@@ -47,6 +38,7 @@ def train_population(
     catalog: Catalog,
     users: Sequence[str] | None = None,
     everyone: bool = False,
+    close_stopped: bool = False,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
     on_start: Callable[[RunRecord, Seating], None] = lambda record, seating: None,
@@ -57,7 +49,13 @@ def train_population(
 
     Users whose latest revision already covers their data are left out, unless `everyone`. `directory` holds the run's
     record and checkpoints: called again with the same arguments after any kind of stop, the run goes on from the
-    latest checkpoint and ends as if it had never stopped. on_start is told where it begins, before the first step.
+    latest checkpoint and ends as if it had never stopped. Called again once it has finished, with more data, a new
+    round trains who has something new from their latest revisions; with nothing new nothing is done. A stopped round
+    is resumed with the data and the tokenizer it began with, or refused (ConfigError); close_stopped closes it and
+    begins a new one. on_start is told where a round begins, before the first step.
+
+    A user whose text or revision cannot be used is set aside and reported, and the others are trained. Raises
+    PopulationError where that is everybody in a first round: then it is the run that is wrong.
 
     One kind of adapter, `config.adapter`: `Session.by_cohort` is what makes several of a config with `cohorts`.
 
@@ -65,21 +63,28 @@ def train_population(
     config.slots. A run may go on over another mesh, of other processes. Several processes call this together, each with
     the same arguments, and see the same files.
     """
-    dataset = pipeline.dataset
-    names = list(dataset.users()) if users is None else list(users)
-    names = [user for user in names if dataset.num_examples(user) >= config.min_examples]
-    if not names:
+    dataset, group = pipeline.dataset, ProcessGroup.current()
+    listing = Listing.of(dataset, users, config.min_examples)
+    if not listing.names:
         raise DataError(f"no users to train: nobody has min_examples={config.min_examples} examples")
+    # What the configuration cannot do is told before anything is written.
     cohort = Cohort.of(config.adapter, base.model.sites())
-    placement, group = Placement(config.slots, mesh, rules or base.model.rules), ProcessGroup.current()
-    turns = Turns(placement, config.turns)
-    record = group.leader_first(
-        lambda: RunRecord.open(
-            directory,
-            run_settings(base, pipeline, config),
-            lambda: names if everyone else users_with_new_data(dataset, catalog, names, base.digest, config.adapter),
-        )
+    placement = Placement(config.slots, mesh, rules or base.model.rules)
+    turns, programs = Turns(placement, config.turns), compile_programs(base.model, cohort, config, placement)
+    identity = Identity(
+        settings=run_settings(base, pipeline, config),
+        tokenizer=pipeline.tokenizer.digest,
+        data=DataIdentity.of(dataset, listing.names),
     )
+    with_news = functools.partial(users_with_new_data, dataset, catalog, listing.names, base.digest, config.adapter)
+    news = (lambda left: list(listing.names)) if everyone else with_news
+    opened = group.leader_first(
+        # What process 0 closed is not there to be closed by the others.
+        lambda: open_round(directory, identity, catalog, news, close=close_stopped and group.leads)
+    )
+    record = opened.record
+    if not opened.news:
+        return report_of(opened, listing, catalog, end=None)
     files = RunFiles(
         base=base,
         cohort=cohort,
@@ -102,13 +107,14 @@ def train_population(
         shared=files.shared,
         cohort=cohort,
         config=config,
-        programs=compile_programs(base.model, cohort, config, placement),
+        programs=programs,
         data=pipeline,
         queue=record.queue,
         source=source,
         writer=writer,
         turns=turns,
-        hooks=Hooks(on_round=on_round, save=files.save, stop_requested=stop_requested),
+        hooks=Hooks(on_round=on_round, refused=files.refused, save=files.save, stop_requested=stop_requested),
+        begins=record.begins,
     )
     try:
         fresh = stream.fresh()
@@ -120,20 +126,9 @@ def train_population(
         source.close()
         writer.close()
         files.close()
-    seated = {user for user in end.table.users if user is not None}
-    left = [user for user in record.queue[: end.table.next] if user not in seated]
-    # Each process looks at a part of them: it means reading their text.
-    own = [user for user in left[group.index :: group.count] if steps_of(user) == 0]
-    found = {user for part in group.gather(own) for user in part}
-    idle = tuple(user for user in left if user in found)
-    return RunReport(
-        run=record.run,
-        trained=tuple(user for user in left if user not in idle),
-        nothing_to_learn=idle,
-        up_to_date=len(names) - len(record.queue),
-        iterations=end.iteration,
-        finished=not seated and end.table.next == len(record.queue),
-    )
+    if not end.table.occupied and end.table.next == len(record.queue):
+        record = group.leader_first(lambda: finish_round(directory, record, end, dataset, catalog))
+    return report_of(opened._replace(record=record), listing, catalog, end=end)
 
 
 def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from popax.modeling.base import Base
 from popax.store.catalog import Catalog
 from popax.store.pointers import Which
 from popax.training.console import step_bar
-from popax.training.record import data_provenance
+from popax.training.news import data_provenance
 
 
 def record_scores(

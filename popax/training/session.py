@@ -16,13 +16,18 @@ from popax.errors import DataError
 from popax.evaluation.catalog import EVERYONE, catalog_columns
 from popax.evaluation.columns import EvalConfig, UserScores
 from popax.modeling.base import Base
+from popax.population.placement import Placement
 from popax.store.catalog import Catalog
 from popax.store.layout import RowLayout
+from popax.store.manifest import Manifest
+from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
 from popax.training.console import PopulationWatch, Unwatched, step_bar
 from popax.training.files import shared_arrays
-from popax.training.record import together_provenance
-from popax.training.run import RunReport, train_population
+from popax.training.news import latest_manifests, together_provenance
+from popax.training.record import RunRecord
+from popax.training.report import RunReport
+from popax.training.run import train_population
 from popax.training.shared_adapter import train_shared_adapter
 
 
@@ -56,12 +61,12 @@ class Session:
                 f"{len(left)} users match no rule of TrainConfig.cohorts ({some}, ...): end with one for '.*', whose "
                 "adapter may be None"
             )
-        sessions, alone = [], []
+        sessions, alone, counts = [], [], self.pipeline.dataset.counts()
         for at, rule in enumerate(rules):
             own = [user for user in self.users if owner[user] == at]
             if rule.adapter is None:
                 alone += own
-            elif any(self.pipeline.dataset.num_examples(user) >= self.config.min_examples for user in own):
+            elif any(counts.get(user, 0) >= self.config.min_examples for user in own):
                 rate = self.config.learning_rate if rule.learning_rate is None else rule.learning_rate
                 config = dataclasses.replace(self.config, adapter=rule.adapter, learning_rate=rate, cohorts=())
                 place = self.directory / f"cohort-{at}"
@@ -70,8 +75,19 @@ class Session:
             raise DataError(f"no users to train: nobody has min_examples={self.config.min_examples} examples")
         return sessions, alone
 
+    def check(self) -> None:
+        """Raises ConfigError, SiteError or PopulationError where the configuration cannot be trained on this base."""
+        cohort = Cohort.of(self.config.adapter, self.base.model.sites())
+        placement = Placement(self.config.slots, self.mesh, self.base.model.rules)
+        compile_programs(self.base.model, cohort, self.config, placement)
+
     def train(
-        self, *, everyone: bool, save_config: Callable[[], object], stop_requested: Callable[[], bool]
+        self,
+        *,
+        everyone: bool,
+        save_config: Callable[[], object],
+        stop_requested: Callable[[], bool],
+        close_stopped: bool = False,
     ) -> RunReport:
         """`train_population`, shown and recorded by a PopulationWatch, by process 0 alone where there are several."""
         shows = ProcessGroup.current().leads
@@ -84,20 +100,32 @@ class Session:
                 catalog=self.catalog,
                 users=self.users,
                 everyone=everyone,
+                close_stopped=close_stopped,
                 mesh=self.mesh,
                 on_start=watch.on_start,
                 on_round=watch.on_round,
                 stop_requested=stop_requested,
             )
 
-    def compare(self, run: str) -> list[UserScores]:
-        """The four columns for all of the run's users who have an adapter of its configuration; [] below two users."""
-        users = users_of_cohort(self.base, self.config, self.catalog, self.users)
-        if len(users) < 2:
+    def compare(self) -> list[UserScores]:
+        """The four columns for the users of the latest round; [] below two users, and where its table was made before
+        and nothing has been trained since."""
+        record = RunRecord.read(self.directory)
+        if record is None or record.tabled:
             return []
-        with step_bar("shared adapter") as tell:
-            everyone = keep_shared_adapter(self, users, run, on_step=tell)
-        return score(self.base, self.pipeline, self.catalog, users, self.evaluation, everyone)
+        meant = [user for user in record.queue if user not in record.left]
+        users = users_of_cohort(self.base, self.config, self.catalog, meant)
+        scores = []
+        if len(users) >= 2:
+            with step_bar("shared adapter") as tell:
+                everyone = keep_shared_adapter(self, users, record.run, on_step=tell)
+            scores = score(self.base, self.pipeline, self.catalog, users, self.evaluation, everyone)
+        return scores
+
+    def tabled(self) -> None:
+        """The table of the latest round has been shown."""
+        if (record := RunRecord.read(self.directory)) is not None:
+            record.replace(tabled=True).write(self.directory)
 
 
 def score(
@@ -125,8 +153,8 @@ def users_of_cohort(base: Base, config: TrainConfig, catalog: Catalog, users: Se
     """Those of these users whose latest revision is of this base and this adapter configuration."""
     cohort = Cohort.of(config.adapter, base.model.sites())
     stored = catalog.find_cohort(config.adapter, base.digest, RowLayout.of(cohort.abstract()))
-    present = [user for user in users if catalog.exists(user)]
-    return [user for user in present if stored is not None and catalog.history(user)[-1].cohort == stored.id]
+    found = zip(users, latest_manifests(catalog, users), strict=True)
+    return [user for user, one in found if stored is not None and isinstance(one, Manifest) and one.cohort == stored.id]
 
 
 def keep_shared_adapter(

@@ -19,6 +19,7 @@ from popax.population.slots import SlotTable
 from popax.population.state import PopulationState
 from popax.population.step import StepMetrics
 from popax.population.turns import Turns
+from popax.training.aside import SetAside
 from popax.training.compiled import Programs, abstract_population, empty_slots
 from popax.training.config import TrainConfig
 from popax.training.members import Finished, MemberSource, RevisionWriter
@@ -33,11 +34,13 @@ class UserData(Protocol):
 
 
 class Seating(NamedTuple):
-    """Where a run stands: `iteration` of the population, the seats, and the state of each turn's slots."""
+    """Where a run stands: `iteration` of the population, the seats, the state of each turn's slots, and who was set
+    aside on the way."""
 
     iteration: int
     table: SlotTable
     states: tuple[PopulationState, ...]
+    aside: tuple[SetAside, ...] = ()
 
 
 class Turn(NamedTuple):
@@ -47,6 +50,7 @@ class Turn(NamedTuple):
     iteration: int
     table: SlotTable
     state: PopulationState
+    aside: tuple[SetAside, ...]
 
     @property
     def users(self) -> list[str | None]:
@@ -58,10 +62,12 @@ class Turn(NamedTuple):
 class Hooks:
     """What a run tells the outside: after each round (with the round's metrics) and at each checkpoint.
 
+    refused: of everyone who left their seats, who could not be written; asked once those are durable.
     stop_requested: of this process; all stop where one does, after the same round.
     """
 
     on_round: Callable[[Seating, list[StepMetrics]], None] = lambda seating, metrics: None
+    refused: Callable[[], Sequence[SetAside]] = tuple
     save: Callable[[Seating], None] = lambda seating: None
     stop_requested: Callable[[], bool] = lambda: False
 
@@ -87,10 +93,12 @@ class PopulationStream:
         writer: RevisionWriter,
         turns: Turns,
         hooks: Hooks | None = None,
+        begins: int = 0,
     ):
+        """begins: the iteration that the first step is counted from."""
         self._base, self._shared, self._cohort, self._config = base, shared, cohort, config
         self._programs, self._data, self._queue = programs, data, list(queue)
-        self._source, self._writer, self._hooks = source, writer, hooks or Hooks()
+        self._source, self._writer, self._hooks, self._begins = source, writer, hooks or Hooks(), begins
         self._turns, self._placement, self._group = turns, turns.placement, ProcessGroup.current()
         self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
 
@@ -100,7 +108,7 @@ class PopulationStream:
         make = functools.partial(empty_slots, self._cohort, self._config)
         made = make if shardings is None else jax.jit(make, out_shardings=shardings)
         states = tuple(self._turns.wait(made()) for _ in range(self._turns.count))
-        return Seating(0, SlotTable.empty(self._turns.seats.slots), states)
+        return Seating(self._begins, SlotTable.empty(self._turns.seats.slots), states)
 
     def run(self, seating: Seating | None = None) -> Seating:
         """Train everyone in the queue. Returns early, after a checkpoint, when a stop is requested."""
@@ -111,11 +119,10 @@ class PopulationStream:
                 self._hooks.on_round(seating, metrics)
                 stop = self._group.any_of(self._hooks.stop_requested())
                 if stop or self._at_checkpoint(seating):
-                    self._checkpoint(seating)
+                    seating = self._checkpoint(seating)
                 if stop:
                     return seating
-            self._checkpoint(seating)
-            return seating
+            return self._checkpoint(seating)
         finally:
             self._batches.shutdown(wait=True, cancel_futures=True)
 
@@ -123,20 +130,22 @@ class PopulationStream:
         every, length = self._config.checkpoint_every, self._config.round_length
         return seating.iteration // every > (seating.iteration - length) // every
 
-    def _checkpoint(self, seating: Seating) -> None:
+    def _checkpoint(self, seating: Seating) -> Seating:
         # Users who left their seats are in no checkpoint: they must be durable before it replaces the previous one.
         self._writer.flush()
+        seating = seating._replace(aside=(*seating.aside, *self._hooks.refused()))
         self._hooks.save(seating)
+        return seating
 
     def _each_turn(self, seating: Seating, visit: Callable[[Turn], Turn], wanted: Callable[[Turn], bool]) -> Seating:
         """The seating after each turn was on the device and visited; a turn that is not wanted stays where it is."""
-        table, states = seating.table, list(seating.states)
+        table, states, aside = seating.table, list(seating.states), seating.aside
         for index, waiting in enumerate(states):
-            turn = Turn(self._turns.seats_of(index), seating.iteration, table, waiting)
+            turn = Turn(self._turns.seats_of(index), seating.iteration, table, waiting, aside)
             if wanted(turn):
                 turn = visit(turn._replace(state=self._turns.enter(waiting)))
-                table, states[index] = turn.table, self._turns.wait(turn.state)
-        return seating._replace(table=table, states=tuple(states))
+                table, states[index], aside = turn.table, self._turns.wait(turn.state), turn.aside
+        return seating._replace(table=table, states=tuple(states), aside=aside)
 
     def _round(self, seating: Seating) -> tuple[Seating, list[StepMetrics]]:
         """One round of every turn's steps, each followed by validation, write-back and new seats."""
@@ -168,8 +177,7 @@ class PopulationStream:
         return self._validate(turn._replace(iteration=iteration, state=state)), metrics
 
     def _submit(self, turn: Turn, steps_N: np.ndarray) -> concurrent.futures.Future[Batch]:
-        here = self._placement.local(turn.users)
-        users = [user if user is not None and self._source.steps_of(user) else None for user in here]
+        users = self._placement.local(turn.users)
         steps = self._placement.local(steps_N.tolist())
         return self._batches.submit(lambda: self._placement.rows(self._data.population(users, steps)))
 
@@ -191,23 +199,40 @@ class PopulationStream:
             user = turn.users[slot]
             if user is None or not self._placement.owns(slot):
                 continue
-            if self._source.steps_of(user):  # else: nothing to learn from, so no revision
-                self._writer.put(Finished(user, *self._placement.taken(members, slot)))
+            self._writer.put(Finished(user, *self._placement.taken(members, slot)))
         return turn._replace(table=turn.table.release([turn.seats[slot] for slot in done]))
 
     def _seat(self, turn: Turn) -> Turn:
-        table, seated = turn.table.admit(self._queue, turn.seats)
-        found = [(turn.seats.index(seat), user) for seat, user in seated]
-        self._source.prefetch([user for slot, user in found if self._placement.holds(slot)])
-        if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
-            self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
-        turn = turn._replace(table=table)
-        for slot, user in found:
-            one = self._source.start(user) if self._placement.holds(slot) else None
-            placed = self._placement.seated(slot, one, turn.state)
-            turn = turn._replace(state=self._programs.seat(turn.state, np.int32(slot), placed))
+        """Users of the queue in the free seats; one who cannot be trained is set aside, and the next one is seated."""
+        anyone = False
+        while True:
+            table, seated = turn.table.admit(self._queue, turn.seats)
+            if not seated:
+                break
+            found = [(turn.seats.index(seat), user) for seat, user in seated]
+            self._source.prefetch([user for slot, user in found if self._placement.holds(slot)])
+            if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
+                self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
+            started = {user: self._source.start(user) for slot, user in found if self._placement.holds(slot)}
+            aside = self._set_aside(started)
+            vacant = [turn.seats[slot] for slot, user in found if user in aside]
+            told = tuple(aside[user] for _, user in found if user in aside)
+            turn = turn._replace(table=table.release(vacant), aside=turn.aside + told)
+            for slot, user in found:
+                if user not in aside:
+                    placed = self._placement.seated(slot, started.get(user), turn.state)
+                    turn = turn._replace(state=self._programs.seat(turn.state, np.int32(slot), placed))
+                    anyone = True
         # The start counts as a candidate: a user whom training does not help keeps what they had.
-        return self._validate(turn) if found else turn
+        return self._validate(turn) if anyone else turn
+
+    def _set_aside(self, started: dict[str, PopulationState | SetAside]) -> dict[str, SetAside]:
+        """Who cannot be trained, as any process found; those are taken out of `started`."""
+        own = [one.to_dict() for one in started.values() if isinstance(one, SetAside)]
+        aside = {one["user"]: SetAside(**one) for part in self._group.gather(own) for one in part}
+        for user in aside:
+            started.pop(user, None)
+        return aside
 
 
 def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:

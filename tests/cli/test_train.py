@@ -41,7 +41,7 @@ def test_the_same_command_again_changes_nothing(world, capsys):
     before = digests(world.catalog)
     assert main(world.train(world.run)) == 0
     assert digests(world.catalog) == before
-    assert "5 users trained" in capsys.readouterr().out
+    assert "0 users trained in 0 iterations, 5 up to date" in capsys.readouterr().out
 
 
 def test_ctrl_c_says_how_to_go_on_and_the_run_ends_as_if_never_stopped(world, tmp_path, capsys, monkeypatch):
@@ -78,15 +78,9 @@ def test_a_dataset_that_was_built_is_used_again(world, tmp_path):
     assert digests(str(tmp_path / "catalog")) == digests(world.catalog)
 
 
-def test_other_settings_or_sources_in_the_same_directory_are_refused(world, tmp_path, capsys):
+def test_other_settings_in_the_same_directory_are_refused(world, capsys):
     assert main(world.train(world.run, "--gin_param", "adamw.b1=0.5")) == 2
     assert "other settings (optimizer)" in capsys.readouterr().err
-    grown = tmp_path / "messages.jsonl"
-    grown.write_text(Path(world.data).read_text() * 2)
-    arguments = world.train(world.run)
-    arguments[arguments.index(world.data)] = str(grown)
-    assert main(arguments) == 2
-    assert "a dataset of other sources or columns" in capsys.readouterr().err
 
 
 REFUSED = [
@@ -153,7 +147,9 @@ def test_users_of_another_base_are_refused(world, tmp_path, capsys):
     catalog = str(tmp_path / "catalog")
     shutil.copytree(world.catalog, catalog)
     assert main(world.train(tmp_path / "run", "--catalog", catalog, "--base", base)) == 2
-    assert "was made for the base" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "all 5 users were set aside" in error
+    assert "was made for the base" in error
 
 
 def test_a_revision_of_another_configuration_is_not_continued(world, tmp_path, capsys):
@@ -223,6 +219,14 @@ def test_a_stopped_run_of_cohorts_goes_on_where_it_was(world, cohorts, tmp_path,
     assert {user: len(found) for user, found in digests(str(tmp_path / "catalog")).items()} == dict.fromkeys(
         ("u00", "u01", "u02", "u03"), 1
     )
+
+
+def test_every_cohort_is_checked_before_the_first_is_trained(world, cohorts, tmp_path, capsys):
+    bounds = ["--gin_param", "TrainConfig.norm_budget = 1.0", "--gin_param", "TrainConfig.norm_kind = 'spectral'"]
+    method = ["--gin_param", "second/AdapterConfig.method = 'prompt'"]
+    assert main(world.train(tmp_path, "--no_table", "--gin_file", cohorts, *bounds, *method)) == 2
+    assert "prompt" in capsys.readouterr().err
+    assert digests(str(tmp_path / "catalog")) == {}
 
 
 def test_a_user_of_no_cohort_is_named(world, cohorts, tmp_path, capsys):

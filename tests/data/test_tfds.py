@@ -106,7 +106,7 @@ def test_bad_builds_are_named(tmp_path):
     with pytest.raises(DataError, match="no records in"):
         build_dataset(path, tmp_path / "out", progress=False)
     path.write_text('{"user": "u", "text": "x", "time": 1}\n{"user": "u", "text": "y"}\n')
-    with pytest.raises(DataError, match=r"user 'u': record 1 .* has no time"):
+    with pytest.raises(DataError, match=r"user 'u': .*a\.jsonl, record 2 has no time"):
         build_dataset(path, tmp_path / "out", progress=False)
     with pytest.raises(DataError, match=r"dataset name '\.\./x'"):
         build_dataset(path, tmp_path / "out", name="../x", progress=False)
