@@ -11,6 +11,7 @@ COMMANDS = {
     "kernels": "popax.cli.bench_kernels",
     "load": "popax.cli.bench_load",
     "mixing": "popax.cli.bench_mixing",
+    "nightly": "popax.cli.bench_nightly",
     "quantised": "popax.cli.bench_quantised",
     "residency": "popax.cli.bench_residency",
     "serve": "popax.cli.bench_serve",

@@ -61,6 +61,7 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.bench.serve.soak:BenchSoakConfig",
     "popax.bench.curve.config:CurveConfig",
     "popax.bench.mixing:MixingConfig",
+    "popax.bench.nightly.config:NightlyConfig",
     "popax.population.mixing:CEMConfig",
     "popax.bench.train:BenchTrainConfig",
     "popax.demo.config:DemoConfig",

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from popax.cli.main import main
+from popax.distributed.group import ProcessGroup
+from popax.errors import ProcessError
 from popax.store.catalog import Catalog
 from popax.store.checkpoint import CheckpointStore
 from popax.store.extract import extract_user
@@ -141,3 +143,60 @@ def test_invariant_6_a_lost_process_is_named_in_time_and_the_run_resumes_bitwise
     world.run(*command)
     assert digests(out) == digests(together)
     assert [one["loss"] for one in read_metrics(out)] == [one["loss"] for one in read_metrics(together)]
+
+
+def test_a_user_whom_one_process_cannot_train_is_set_aside_by_all(world):
+    catalog, out = str(world.folder / "mixed"), world.folder / "mixed-run"
+    few = ["--users_with_at_least", "11", "--catalog", catalog, "--gin_param", "TrainConfig.steps=2"]
+    assert main(world.train(world.folder / "few", *few, "--gin_param", "AdapterConfig.rank=3")) == 0
+    with world.launched(*world.train(out, "--catalog", catalog)) as launched:
+        output, errors = launched.communicate(timeout=150)
+    assert launched.returncode == 3, errors
+    assert "18 users trained" in output
+    assert "6 set aside" in output
+    assert errors.count("set aside: u03: ") == 1
+    opened = Catalog.open(catalog, read_only=True)
+    ranks = {record.user: opened.history(record.user)[-1].config["rank"] for record in opened.list()}
+    assert ranks == {f"u{user:02d}": 3 if user % 4 == 3 else 2 for user in range(24)}
+
+
+FOREIGN = """
+import os
+if os.environ.get("JAX_PROCESS_ID") == "1" and "POPAX_SUPERVISED" in os.environ:
+    from popax.data.pipeline import UserPipeline
+    def broken(self, users, steps):
+        raise KeyError("an error of no kind that popax knows")
+    UserPipeline.population = broken
+"""
+
+
+def test_an_error_that_is_not_popaxs_releases_the_other_processes(world, monkeypatch):
+    folder = world.folder / "broken-code"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(FOREIGN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    command = world.train(world.folder / "foreign", "--lost_after", str(world.lost_after))
+    with world.launched(*command) as launched:
+        errors = launched.communicate(timeout=120)[1]
+    assert launched.returncode in (70, 75), errors
+    assert "KeyError: 'an error of no kind that popax knows'" in errors
+    assert "ProcessLostError" in errors
+
+
+def test_a_leaders_foreign_error_is_told_to_all(monkeypatch):
+    """Process 0 fails inside `leader_first` with an error that has no name of popax's: nobody waits for it."""
+    told = []
+
+    def gather(self, value):
+        told.append(value)
+        return [told[0]]
+
+    monkeypatch.setattr(ProcessGroup, "gather", gather)
+
+    def broken():
+        raise KeyError("lost")
+
+    with pytest.raises(KeyError):
+        ProcessGroup(index=0, count=2).leader_first(broken)
+    with pytest.raises(ProcessError, match="process 0: KeyError: 'lost'"):
+        ProcessGroup(index=1, count=2).leader_first(lambda: None)
