@@ -127,7 +127,8 @@ def train_population(
         writer.close()
         files.close()
     if not end.table.occupied and end.table.next == len(record.queue):
-        record = group.leader_first(lambda: finish_round(directory, record, end, dataset, catalog))
+        finish = functools.partial(finish_round, directory, record, end, dataset, catalog)
+        record = group.leader_first(lambda: finish() if group.leads else RunRecord.read(directory) or record)
     return report_of(opened._replace(record=record), listing, catalog, end=end)
 
 
