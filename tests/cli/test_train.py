@@ -10,6 +10,7 @@ import pytest
 from popax.cli.main import main
 from popax.store.catalog import Catalog
 from popax.training.metrics import MetricsWriter, read_metrics
+from tests.shared_data import SHARED, needs_shared
 
 
 def digests(catalog: str) -> dict[str, list[str]]:
@@ -128,11 +129,9 @@ def test_a_base_without_tokenizer_is_named(world, tmp_path, capsys):
     assert "no tokenizer at" in capsys.readouterr().err
 
 
+@needs_shared("tinystories_656k_hf")
 def test_a_truncated_safetensors_file_is_named(world, tmp_path, capsys):
-    source = Path(__file__).parents[2].parent / "shared" / "data" / "tinystories_656k_hf"
-    if not source.exists():
-        pytest.skip("no shared data")
-    shutil.copytree(source, tmp_path / "base")
+    shutil.copytree(SHARED / "tinystories_656k_hf", tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert main(world.train(tmp_path / "run", "--base", str(tmp_path / "base"))) == 2

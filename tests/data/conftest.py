@@ -1,19 +1,8 @@
-"""Real inputs lie beside the project root; a small in-memory population for everything else."""
-
-from pathlib import Path
+"""A small in-memory population."""
 
 import pytest
 
 from popax.data.users import UserDataset
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-@pytest.fixture
-def shared():
-    if not SHARED.is_dir():
-        pytest.skip(f"no real inputs at {SHARED}")
-    return SHARED
 
 
 @pytest.fixture

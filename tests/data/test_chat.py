@@ -8,6 +8,7 @@ import pytest
 
 from popax.data.tokenize import load_tokenizer
 from popax.errors import TokenizerError
+from tests.shared_data import SHARED, needs_shared
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}"
@@ -65,8 +66,9 @@ def test_generation_prompt_continues_into_the_turn(tmp_path):
     assert whole.weights[len(prompt.ids) :].all()
 
 
-def test_minimind_turns_end_with_their_end_token(shared):
-    tokenizer = load_tokenizer(shared / "tokenizers" / "minimind")
+@needs_shared("tokenizers/minimind")
+def test_minimind_turns_end_with_their_end_token():
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / "minimind")
     chat = tokenizer.chat(TURNS)
     assert spoken(tokenizer, chat) == ["Tjena 😀<|im_end|>", "Bye<|im_end|>"]
     thoughtful = [*TURNS[:2], {"role": "assistant", "content": "Oh", "reasoning_content": "Hm."}]
@@ -74,10 +76,11 @@ def test_minimind_turns_end_with_their_end_token(shared):
 
 
 @pytest.mark.parity
-def test_same_ids_as_transformers(shared):
+@needs_shared("tokenizers/minimind")
+def test_same_ids_as_transformers():
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(str(shared / "tokenizers" / "minimind"))
-    ours = load_tokenizer(shared / "tokenizers" / "minimind")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(SHARED / "tokenizers" / "minimind"))
+    ours = load_tokenizer(SHARED / "tokenizers" / "minimind")
     for prompt in (False, True):
         expected = theirs.apply_chat_template(TURNS[:4], add_generation_prompt=prompt, tokenize=True, return_dict=False)
         assert ours.chat(TURNS[:4], add_generation_prompt=prompt).ids.tolist() == list(expected)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from popax.data.packing import Document, encode_example, pack_documents
 from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
+from tests.shared_data import SHARED, needs_shared
 
 BYTE = load_tokenizer("byte")
 BOS, EOS = BYTE.bos_id, BYTE.eos_id
@@ -82,8 +83,9 @@ def test_a_prompt_carries_no_loss():
     assert len(pack_documents([Document(*(leaf[:4] for leaf in document))], 8).tokens_BxT) == 0  # nothing to learn
 
 
-def test_a_prompt_is_tokenised_as_it_stands_when_generating(shared):
-    tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
+@needs_shared("tokenizers/gpt2")
+def test_a_prompt_is_tokenised_as_it_stands_when_generating():
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / "gpt2")
     for prompt, completion in [("Hello", " world"), ("Hel", "lo world")]:  # the second would merge over the boundary
         document = encode_example(Example(user="u", prompt=prompt, completion=completion), tokenizer)
         head = tokenizer.encode(prompt).ids.tolist()
@@ -111,10 +113,11 @@ def test_a_conversation_is_framed_by_its_template(tmp_path):
         assert document.weights.tolist() == [0] * (len(ids) - weights) + [1] * weights
 
 
-def test_framing_follows_the_tokenizer(shared):
+@needs_shared("tinystories_656k_hf", "tokenizers/minimind")
+def test_framing_follows_the_tokenizer():
     example = Example(user="u", text="Once upon a time")
-    stories = encode_example(example, load_tokenizer(shared / "tinystories_656k_hf"))
+    stories = encode_example(example, load_tokenizer(SHARED / "tinystories_656k_hf"))
     assert stories.ids[[0, -1]].tolist() == [1, 2]
-    minimind = encode_example(example, load_tokenizer(shared / "tokenizers" / "minimind"))  # add_bos_token: false
+    minimind = encode_example(example, load_tokenizer(SHARED / "tokenizers" / "minimind"))  # add_bos_token: false
     assert minimind.ids[0] != 1
     assert minimind.ids[-1] == 2

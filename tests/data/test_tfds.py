@@ -12,6 +12,7 @@ from popax.data.records import Columns, read_examples
 from popax.data.tfds import build_dataset
 from popax.data.users import UserDataset
 from popax.errors import DataError
+from tests.shared_data import SHARED, needs_shared
 
 
 @pytest.fixture
@@ -114,8 +115,9 @@ def test_bad_builds_are_named(tmp_path):
         UserDataset.open(tmp_path)
 
 
-def test_irc_messages_through_the_builder(shared, tmp_path):
-    with gzip.open(shared / "irc_ubuntu_users" / "messages.jsonl.gz", "rt") as lines:
+@needs_shared("irc_ubuntu_users")
+def test_irc_messages_through_the_builder(tmp_path):
+    with gzip.open(SHARED / "irc_ubuntu_users" / "messages.jsonl.gz", "rt") as lines:
         subset = [line for line, _ in zip(lines, range(5000), strict=False)]
     (tmp_path / "irc.jsonl").write_text("".join(subset))
     columns = Columns(time="day")  # the clock of some days has 12 hours: 01:00 comes after 12:59

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from popax.data.tokenize import load_tokenizer, train_bpe
 from popax.errors import TokenizerError
+from tests.shared_data import SHARED, needs_shared
 
 BYTE = load_tokenizer("byte")
 BPE = train_bpe(["the cat sat on the mat, ça va? 猫が座った 😀😀 " * 20], 400)
@@ -30,9 +31,15 @@ def test_bytes_sum_exactly_and_text_comes_back(tokenizer, text):
     assert not np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]).any()
 
 
-@pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/minimind", "tinystories_656k_hf"])
-def test_bytes_sum_exactly_in_real_tokenizers(shared, name):
-    tokenizer = load_tokenizer(shared / name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_shared(name))
+        for name in ("tokenizers/gpt2", "tokenizers/minimind", "tinystories_656k_hf")
+    ],
+)
+def test_bytes_sum_exactly_in_real_tokenizers(name):
+    tokenizer = load_tokenizer(SHARED / name)
 
     @settings(deadline=None, max_examples=100)
     @given(text=texts | st.sampled_from(["héé 😀<|endoftext|> x  ", " lead", "a  b", "tail ", "\n\n", "x" * 2000]))
@@ -52,18 +59,20 @@ def test_a_split_character_counts_once_at_its_first_token():
     assert num_bytes.tolist() == [1, 4, 0, 0, 0, 2, 0]
 
 
-def test_gpt2_ids_are_the_published_ones(shared):
-    tokenizer = load_tokenizer(shared / "tokenizers" / "gpt2")
+@needs_shared("tokenizers/gpt2")
+def test_gpt2_ids_are_the_published_ones():
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / "gpt2")
     assert tokenizer.encode("Hello world, hello").ids.tolist() == [15496, 995, 11, 23748]
     assert tokenizer.encode("Hello world, hello").num_bytes.tolist() == [5, 6, 1, 6]
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (50257, 50256)
     assert len(tokenizer.encode("word " * 1000).ids) > 900
 
 
-def test_special_tokens_come_from_the_config(shared):
-    minimind = load_tokenizer(shared / "tokenizers" / "minimind")
+@needs_shared("tinystories_656k_hf", "tokenizers/minimind")
+def test_special_tokens_come_from_the_config():
+    minimind = load_tokenizer(SHARED / "tokenizers" / "minimind")
     assert (minimind.bos_id, minimind.eos_id, minimind.pad_id, minimind.add_bos) == (1, 2, 0, False)
-    stories = load_tokenizer(shared / "tinystories_656k_hf")
+    stories = load_tokenizer(SHARED / "tinystories_656k_hf")
     assert (stories.bos_id, stories.eos_id, stories.pad_id, stories.add_bos) == (1, 2, 0, True)
     assert (BYTE.vocab_size, BYTE.bos_id, BYTE.eos_id, BYTE.pad_id) == (259, 256, 257, 258)
 

@@ -21,8 +21,9 @@ from popax.modeling.digest import digest_params
 from popax.modeling.model import Model
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named
+from tests.shared_data import SHARED, needs_shared
 
-TINYSTORIES = Path(__file__).parents[2].parent / "shared" / "data" / "tinystories_656k_hf"
+TINYSTORIES = SHARED / "tinystories_656k_hf"
 FILE = "model.safetensors"
 
 
@@ -112,6 +113,7 @@ def test_the_digest_follows_weights_and_semantics_only(directory):
     assert digest() != first
 
 
+@needs_shared("tinystories_656k_hf")
 def test_tinystories_ties_its_embedding_to_the_head_it_stores(mesh):
     base = load_base(TINYSTORIES)
     stored = load_file(TINYSTORIES / FILE)["lm_head.weight"]

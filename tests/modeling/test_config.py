@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
 from popax.errors import ConfigError
 from popax.modeling.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 from popax.modeling.hf_config import ARCHITECTURES, model_config
+from tests.shared_data import HF_CONFIGS
 
-HF_CONFIGS = Path(__file__).parents[2].parent / "shared" / "data" / "hf_configs"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 64,

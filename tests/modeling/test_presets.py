@@ -12,9 +12,9 @@ from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.hf_config import model_config
 from popax.modeling.model import Model
+from tests.shared_data import HF_CONFIGS
 
 PRESETS = Path(__file__).parents[2] / "configs" / "models"
-HF_CONFIGS = Path(__file__).parents[2].parent / "shared" / "data" / "hf_configs"
 PUBLISHED = {
     "llama3_1_8b": ("meta-llama--Meta-Llama-3.1-8B", 8_030_261_248),
     "qwen3_0_6b": ("Qwen--Qwen3-0.6B", 596_049_920),

@@ -11,8 +11,9 @@ import numpy as np
 from popax.modeling.cache import init_cache
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
+from tests.shared_data import SHARED, needs_shared
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data" / "stories260k"
+DATA = SHARED / "stories260k"
 PUBLISHED_STEPS = 256
 
 
@@ -97,6 +98,7 @@ def greedy(model, params, steps):
     return jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))[1]
 
 
+@needs_shared("stories260k")
 def test_the_published_greedy_story_is_reproduced_in_full():
     config, params = read_checkpoint(DATA / "stories260K.bin")
     model = Model(config)
