@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from popax.kernels.fused_lora import ops, pallas_gpu, pallas_tpu, quantize, reference, tiling
 from popax.kernels.fused_lora.tiling import Blocks, Shape
+from tests.kernels.cuda import exported, triton_kernels
 
 WEIGHTS = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 KERNELS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
@@ -212,9 +213,7 @@ def test_what_does_not_fit_vector_memory_says_how_much(monkeypatch):
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.name)
 def test_lowers_for_cuda(op, weight):
     spec = next(spec for spec in ops.ARG_SPECS if spec.name == f"qwen3_8b_q_proj_r16_{weight}")
-    triton = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     given = [each for each in op.operands(spec, jnp.bfloat16) if each is not None]
-    call = jax.jit(op.implementations["pallas_triton"])
-    text = jax.export.export(call, platforms=["cuda"], disabled_checks=[triton])(*given).mlir_module()
-    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton(") == 1
+    text = exported(op.implementations["pallas_triton"], given)
+    assert len(triton_kernels(text)) == 1
     assert (f"tensor<{spec.d_in}x{spec.d_out}xbf16>" in text) == (weight == "bfloat16")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from popax.kernels.shared_core import ops, pallas_gpu, pallas_tpu, reference
 from popax.kernels.shared_core.arg_specs import IndexedSpec
+from tests.kernels.cuda import exported, triton_kernels
 
 DTYPES = ("float32", "bfloat16")
 CORES = ("matrix", "diagonal")
@@ -282,10 +283,6 @@ SMALL = [
 
 @pytest.mark.parametrize(("op", "spec"), SMALL, ids=lambda each: each.name)
 def test_the_gpu_form_lowers_for_cuda(op, spec):
-    call = op.implementations["pallas_triton"]
-    operands = op.operands(spec, jnp.bfloat16)
-    allowed = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    export = jax.export.export(jax.jit(call), platforms=["cuda"], disabled_checks=allowed)
-    text = export(*operands).mlir_module()
-    assert "popax_shared_core_expand" in text
-    assert ("popax_shared_core_gradient" in text) == (op.name == "shared_core.indexed_backward")
+    names = triton_kernels(exported(op.implementations["pallas_triton"], op.operands(spec, jnp.bfloat16)))
+    gradient = {"popax_shared_core_gradient"} if op.name == "shared_core.indexed_backward" else set()
+    assert set(names) == {"popax_shared_core_expand"} | gradient
