@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from popax.errors import ConfigError
 
@@ -64,6 +64,18 @@ class ShardingRules:
     def sharding(self, axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
         """`spec` bound to the mesh."""
         return NamedSharding(mesh, self.spec(axes, mesh))
+
+
+def free_axes(axes: Sequence[str], rules: ShardingRules) -> tuple[str, ...]:
+    """The ambient mesh's axes for the last dimension of an array with these logical axes.
+
+    Without those of one device, and those that a caller has cut by hand.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+    entry = rules.spec(axes, mesh)[-1]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(name for name in names if name in free and mesh.shape[name] > 1)
 
 
 def make_mesh(text: str | None) -> Mesh:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from popax.errors import ConfigError
-from popax.sharding import ShardingRules
+from popax.sharding import ShardingRules, free_axes
 
 FREE = PartitionSpec.UNCONSTRAINED
 
@@ -23,7 +23,7 @@ def cut_axes(length: int, rules: ShardingRules) -> tuple[str, ...]:
 
     Raises ConfigError where the tokens do not divide.
     """
-    axes = _free_axes("sequence", rules)
+    axes = free_axes(("sequence",), rules)
     if not axes or length == 1:
         return ()
     shape = jax.sharding.get_abstract_mesh().shape
@@ -33,15 +33,6 @@ def cut_axes(length: int, rules: ShardingRules) -> tuple[str, ...]:
             f"multiple of {parts}, or the mesh axis shorter"
         )
     return axes
-
-
-def _free_axes(logical: str, rules: ShardingRules) -> tuple[str, ...]:
-    """The ambient mesh's axes for a logical one, without those of one device and those that a caller has cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-    (entry,) = rules.spec((logical,), mesh)
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return tuple(name for name in names if name in free and mesh.shape[name] > 1)
 
 
 def keep_cut(x_BxTxD: jax.Array, rules: ShardingRules) -> jax.Array:
@@ -76,7 +67,7 @@ def token_by_token(
             function,
             in_specs=(tokens, PartitionSpec(), tokens),
             out_specs=tokens,
-            axis_names={*axes, *_free_axes("population", rules)},
+            axis_names={*axes, *free_axes(("population",), rules)},
             check_vma=False,
         )(x, weights, targets)
 

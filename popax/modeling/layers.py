@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from popax.compat import look_up
 from popax.modeling.quantise_rules import QuantiseRules
 from popax.modeling.quantised import contract, dense, make_kernel, read_kernel
 from popax.modeling.remat import named_projection
+from popax.sharding import ShardingRules, free_axes
 from popax.types import SiteFn
 
 
@@ -72,15 +74,18 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * scale
 
 
+TABLE_AXES = ("vocab", "embed")
+
+
 class Embed(nnx.Module):
     """Token ids to rows of the table, and, where embeddings are tied, hidden states to logits."""
 
     def __init__(self, vocab_size: int, dim: int, *, param_dtype: str, rngs: nnx.Rngs, std: float = 0.02):
         table = normal(rngs, (vocab_size, dim), std, param_dtype)
-        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+        self.embedding = nnx.Param(table, axes=TABLE_AXES)
 
-    def __call__(self, tokens_BxT: jax.Array, dtype: str) -> jax.Array:
-        return self.embedding[...][tokens_BxT].astype(dtype)
+    def __call__(self, tokens_BxT: jax.Array, dtype: str, rules: ShardingRules) -> jax.Array:
+        return look_up(self.embedding[...], tokens_BxT, free_axes(TABLE_AXES, rules)).astype(dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         table_VxD = self.embedding[...].astype(x.dtype)

@@ -183,7 +183,7 @@ class Model:
 
     def embed(self, params: Params, tokens_BxT: jax.Array) -> jax.Array:
         """Rows of the embedding table, [B, T, D] in the compute dtype."""
-        return self._ends(params).embed(tokens_BxT, self.config.dtype)
+        return self._ends(params).embed(tokens_BxT, self.config.dtype, self.rules)
 
     def hidden(
         self, params: Params, tokens_BxT: jax.Array, **options: Unpack[ForwardOptions]
