@@ -57,3 +57,8 @@ def test_what_is_absent_skips_by_name():
     assert skip
     assert "../shared/data/no-such-file" in reason
     assert not needs_shared().args[0]
+
+
+def test_a_parametrisation_that_found_nothing_is_an_error(pytestconfig):
+    """Not a test that was skipped, which nobody reads."""
+    assert pytestconfig.getini("empty_parameter_set_mark") == "fail_at_collect"
