@@ -1,5 +1,7 @@
 """Named errors. Every message carries the offending values and the fix; the CLI exits with `exit_code`."""
 
+from collections.abc import Sequence
+
 
 class PopaxError(Exception):
     """Root of everything a user of popax can cause; the CLI prints it without a traceback and exits 2."""
@@ -62,6 +64,19 @@ class RevisionNotFoundError(CatalogError):
     """No such user, or no such revision of that user."""
 
 
+class NonFiniteError(CatalogError):
+    """Adapters that hold what is not a finite number; nothing of the batch was written. users: all of it whose are so,
+    in the order of the batch; user: the first."""
+
+    def __init__(self, message: str, users: Sequence[str] = ()):
+        super().__init__(message)
+        self.users = tuple(users)
+
+    @property
+    def user(self) -> str | None:
+        return self.users[0] if self.users else None
+
+
 class ConflictError(CatalogError):
     """Another writer committed this user's next revision first."""
 
@@ -76,14 +91,6 @@ class SignatureError(CatalogError):
 
 class GateError(CatalogError):
     """A revision was not scored, or not well enough, to be promoted; it stays a candidate."""
-
-
-class NonFiniteError(CatalogError):
-    """An adapter holds NaN or infinity where it would be stored: nothing of it was written. user: whose it is."""
-
-    def __init__(self, message: str, *, user: str = ""):
-        super().__init__(message)
-        self.user = user
 
 
 class StorageError(CatalogError):

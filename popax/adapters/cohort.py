@@ -114,7 +114,8 @@ class Cohort:
 
         if not self.method.shared_axes:
             return {}
-        return {spec.info.name: at_site(spec) for spec in self.sites}
+        with jax.default_matmul_precision("highest"):
+            return {spec.info.name: at_site(spec) for spec in self.sites}
 
     def init(self, key: jax.Array) -> AdapterState:
         """A fresh adapter for one user."""
@@ -126,11 +127,12 @@ class Cohort:
             leaves = jax.vmap(one)(keys, _mask(spec))
             return leaves if spec.info.layers else jax.tree.map(lambda leaf: leaf[0], leaves)
 
-        if method.tied:
-            state = {TIED: method.init(key, self.config, self.options)}
-        else:
-            keys = jax.random.split(key, len(self.sites))
-            state = {spec.info.name: at_site(keys[index], spec) for index, spec in enumerate(self.sites)}
+        with jax.default_matmul_precision("highest"):
+            if method.tied:
+                state = {TIED: method.init(key, self.config, self.options)}
+            else:
+                keys = jax.random.split(key, len(self.sites))
+                state = {spec.info.name: at_site(keys[index], spec) for index, spec in enumerate(self.sites)}
         return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
 
     def abstract(self) -> Any:
@@ -189,9 +191,11 @@ class Cohort:
         if self.method.refresh is None:
             return adapter
         fresh = {}
-        for name, spec in self.specs.items():
-            w = weight(name) if spec.info.kind == "linear" else None
-            fresh[name] = _over_layers(self.method.refresh, spec, adapter[name], shared.get(name, {}), scales(spec), w)
+        with jax.default_matmul_precision("highest"):
+            for name, spec in self.specs.items():
+                w = weight(name) if spec.info.kind == "linear" else None
+                operands = (adapter[name], shared.get(name, {}), scales(spec), w)
+                fresh[name] = _over_layers(self.method.refresh, spec, *operands)
         return adapter | fresh
 
     def merge(

@@ -93,7 +93,8 @@ def fitted(
         w2 = jax.vmap(at, in_axes=(0, 1))(w1, core_N) if w1.ndim == 3 else at(w1, core_N)
         return shared[name] | {"w2": w2}
 
-    return {name: at_site(name) for name in shared}
+    with jax.default_matmul_precision("highest"):
+        return {name: at_site(name) for name in shared}
 
 
 METHOD = AdapterMethod(

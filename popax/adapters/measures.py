@@ -35,7 +35,8 @@ def subspace_overlap(one_RxD: jax.Array, other_RxD: jax.Array) -> jax.Array:
     r: the smaller rank. Rows must be linearly independent.
     """
     q_DxR, other_DxR = (jnp.linalg.qr(x.mT)[0] for x in (one_RxD, other_RxD))
-    return jnp.sum(jnp.square(q_DxR.mT @ other_DxR)) / min(one_RxD.shape[0], other_RxD.shape[0])
+    inner = jnp.matmul(q_DxR.mT, other_DxR, precision=EXACT)
+    return jnp.sum(jnp.square(inner)) / min(one_RxD.shape[0], other_RxD.shape[0])
 
 
 def gram(cohort: Cohort, adapters_N: AdapterState, shared: AdapterState) -> jax.Array:

@@ -21,7 +21,7 @@ from popax.modeling.rope import cos_sin
 from popax.modeling.sites import site_infos
 from popax.modeling.stacks import Stack, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
-from popax.modeling.virtual import all_see, placed
+from popax.modeling.virtual import all_see, check_room, placed
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
 from popax.types import EMBED, NO_ADAPT, Adapt, Batch, Params, SiteInfo
@@ -222,7 +222,7 @@ class Model:
         record_routes: return the experts that the tokens went to, int16 [B, T, L, K], else None; a model without
         mixtures has none either. On an ambient mesh whose axes the rule "sequence" names, rows are cut along their
         tokens. Raises ConfigError for segments together with a cache, for routes of another shape than `routes_shape`,
-        and for a number of tokens that such a mesh does not divide.
+        for a number of tokens that such a mesh does not divide, and where virtual tokens leave a row no room.
         """
         batch, length = tokens_BxT.shape
         if cache is not None and segments_BxT is not None:
@@ -237,6 +237,7 @@ class Model:
             segments_BxT = (positions_BxT >= 0).astype(jnp.int32)
         ahead = adapt.virtual_tokens if cache is None and embedded_BxTxD is None else 0
         if ahead:
+            check_room(self.config, length, ahead)
             own_B = adapt.outer.has_virtual(batch)
             tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK = placed(
                 tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK, ahead, own_B

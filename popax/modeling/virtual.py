@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from popax.errors import ConfigError
+from popax.modeling.config import ModelConfig
 from popax.types import NOT_RECORDED
 
 _THEIRS = -1  # the segment of virtual tokens
@@ -17,6 +19,16 @@ _THEIRS = -1  # the segment of virtual tokens
 def virtual_ids(count: int) -> list[int]:
     """The ids of so many virtual tokens, in order."""
     return [-1 - at for at in range(count)]
+
+
+def check_room(config: ModelConfig, length: int, count: int) -> None:
+    """Raises ConfigError where rows of this length and their virtual tokens exceed the model's context."""
+    if count and length + count > config.max_seq_len:
+        raise ConfigError(
+            f"rows of {length} tokens with {count} virtual ones before them exceed "
+            f"ModelConfig.max_seq_len={config.max_seq_len}: the model would run beyond its own context; shorten the "
+            f"rows to {max(0, config.max_seq_len - count)} (PipelineConfig.seq_len), or the prompt (its rank)"
+        )
 
 
 class Placed(NamedTuple):

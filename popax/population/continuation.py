@@ -5,14 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from popax.adapters.cohort import Cohort
+from popax.adapters.masters import has_masters
 from popax.errors import PopulationError
-from popax.population.state import HParams, PopulationState
+from popax.population.state import HParams, PopulationState, selected_adapters
 
 _SEPARATOR = ":"  # no site is named with it
+_MASTERS = "masters"
 
 
-def continuation(member: PopulationState) -> dict[str, Any]:
-    """The state that belongs to `selected_adapters`, as a nested dict of arrays: what `continued` takes back.
+def continuation(cohort: Cohort, member: PopulationState) -> dict[str, Any]:
+    """The state that belongs to `stored_adapters`, as a nested dict of arrays: what `continued` takes back. The
+    masters are part of it where they are more than what is stored.
 
     Raises PopulationError where the member tracks a best adapter without the optimizer's state of that moment.
     """
@@ -23,17 +27,18 @@ def continuation(member: PopulationState) -> dict[str, Any]:
                 "the best adapter was tracked without its optimizer: make it with keep_optimizer=True"
             )
         opt_state, step = member.best.opt_state, member.best.step
-    return {"optimizer": dict(_named(opt_state)), "step": step, "rng": member.rng}
+    kept = {"optimizer": dict(_named(opt_state)), "step": step, "rng": member.rng}
+    return kept | ({_MASTERS: selected_adapters(member)} if has_masters(cohort) else {})
 
 
 def continued(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
     """A member at step 0 (`init_member` from the kept adapter), put where the kept training stood.
 
-    Its own max_steps more steps come after the kept ones. Raises PopulationError where the kept state is another
-    optimizer's.
+    Its own max_steps more steps come after the kept ones. A state that was kept in fewer bits than it has now goes on
+    from what it holds. Raises PopulationError where the kept state is another optimizer's.
     """
     wanted = _named(fresh.opt_state)
-    found = kept["optimizer"]
+    found = _widened(kept["optimizer"], dict(wanted))
     if _shapes(dict(wanted)) != _shapes(found):
         differing = sorted(set(_shapes(dict(wanted)).items()) ^ set(_shapes(found).items()))
         raise PopulationError(
@@ -45,14 +50,29 @@ def continued(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
     opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)
     step = jnp.asarray(kept["step"])
     settings: HParams = fresh.hparams
-    best = fresh.best
+    best, adapters = fresh.best, fresh.adapters
+    if _MASTERS in kept:
+        adapters = jax.tree.map(jnp.asarray, kept[_MASTERS])
+        best = best if best is None else best._replace(adapter=jax.tree.map(jnp.copy, adapters))
     return fresh._replace(
         step=step,
+        adapters=adapters,
         opt_state=opt_state,
         hparams=settings._replace(max_steps=settings.max_steps + step),
         rng=jnp.asarray(kept["rng"]),
         best=best if best is None else best._replace(opt_state=jax.tree.map(jnp.copy, opt_state), step=step),
     )
+
+
+def _widened(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Each leaf in the dtype that is wanted, where that has all of its values."""
+
+    def at(name: str, leaf: Any) -> Any:
+        own = wanted[name].dtype if name in wanted else leaf.dtype
+        wider = own != leaf.dtype and jnp.promote_types(own, leaf.dtype) == own
+        return leaf.astype(own) if wider and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return {name: at(name, leaf) for name, leaf in found.items()}
 
 
 def _named(opt_state: Any) -> list[tuple[str, Any]]:

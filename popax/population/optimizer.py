@@ -1,12 +1,16 @@
 """Optimizers and schedules of ONE user; the population vmaps them, so state and rate are each user's own."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from popax.errors import ConfigError
 
 # learning rate (scalar array) -> any optax transformation. Its state must not depend on the learning rate.
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
@@ -31,25 +35,99 @@ def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0) -> Opt
 
 def constant() -> Schedule:
     """factor = 1."""
-    return lambda step, max_steps: jnp.ones((), jnp.float32)
+    return functools.partial(constant_factor)
 
 
 def warmup_constant(*, warmup_steps: int) -> Schedule:
-    """Linear from 0 over this many steps, then 1: whatever the number of steps, and so the same when continued."""
-    return lambda step, max_steps: jnp.minimum(1.0, (step.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+    """Linear up to 1 over this many steps, then 1: whatever the number of steps, and so the same when continued."""
+    if not warmup_steps >= 0:
+        raise ConfigError(f"warmup_constant.warmup_steps={warmup_steps}: at least 0")
+    return functools.partial(warmup_constant_factor, warmup_steps=warmup_steps)
 
 
 def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedule:
-    """Linear from 0 over the first fraction of the user's own steps, then half a cosine down to `floor`."""
+    """Linear up to 1 over the first fraction of the user's own steps, then half a cosine towards `floor`.
 
-    def factor(step: jax.Array, max_steps: jax.Array) -> jax.Array:
-        total = jnp.maximum(max_steps, 1).astype(jnp.float32)
-        done = (step.astype(jnp.float32) + 1.0) / total
-        warm = done / max(warmup_fraction, 1e-9)
-        progress = jnp.clip((done - warmup_fraction) / max(1.0 - warmup_fraction, 1e-9), 0.0, 1.0)
-        return jnp.minimum(warm, floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+    `floor` is where a step after the last one would be: the last that is taken is above it (arXiv 1608.03983). A
+    warm-up of less than a step is none, and none takes longer than the user's steps: the rate is reached.
+    """
+    for name, value in (("warmup_fraction", warmup_fraction), ("floor", floor)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"warmup_cosine.{name}={value}: between 0 and 1")
+    return functools.partial(warmup_cosine_factor, warmup_fraction=warmup_fraction, floor=floor)
 
-    return factor
+
+# Schedules are partials of these, so that a run's record has their arguments (popax.population.described).
+def constant_factor(step: jax.Array, max_steps: jax.Array) -> jax.Array:
+    del step, max_steps
+    return jnp.ones((), jnp.float32)
+
+
+def warmup_constant_factor(step: jax.Array, max_steps: jax.Array, *, warmup_steps: int) -> jax.Array:
+    del max_steps
+    return jnp.minimum(1.0, (step.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+
+
+def warmup_cosine_factor(step: jax.Array, max_steps: jax.Array, *, warmup_fraction: float, floor: float) -> jax.Array:
+    total = jnp.maximum(max_steps, 1).astype(jnp.float32)
+    warmup = warmup_fraction * total
+    warm = (step.astype(jnp.float32) + 1.0) / jnp.maximum(warmup, 1.0)
+    # The cosine by what remains of it: 1 + cos(pi (1 - r)) = 2 sin(pi r / 2)^2, which does not round to 0 at its end.
+    left = (max_steps - step).astype(jnp.float32) / jnp.maximum(total - warmup, 1.0)
+    return jnp.minimum(warm, floor + (1.0 - floor) * jnp.sin(0.5 * jnp.pi * jnp.clip(left, 0.0, 1.0)) ** 2)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises ConfigError on what is no function of the user's learning rate: an optax transformation, for instance."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        raise ConfigError(
+            "optimizer: an optax transformation has a rate of its own, and here each user has theirs; give the "
+            "function of it, such as popax.population.optimizer.adamw() or `lambda rate: optax.adamw(rate, b1=0.95)`"
+        )
+    if not _takes(optimizer, 1):
+        raise ConfigError(
+            f"optimizer={optimizer!r}: a function of the learning rate that gives an optax transformation, such as "
+            "popax.population.optimizer.adamw() (adamw itself, without (), is none)"
+        )
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raises ConfigError on what is no function of (step, max_steps): a schedule of optax's, for instance."""
+    if not _takes(schedule, 2):
+        raise ConfigError(
+            f"schedule={schedule!r}: a function (step, max_steps) of a user's own steps that gives a factor on their "
+            "learning rate, such as popax.population.optimizer.warmup_cosine(); of a schedule of optax's, which gives "
+            "a rate: `lambda step, max_steps: optax_schedule(step) / learning_rate`"
+        )
+
+
+def check_factors(schedule: Schedule, steps: int) -> None:
+    """Raises ConfigError where a user who takes 1, 2 or `steps` steps would have one without a rate: the factor is not
+    a finite number above 0. The schedules of this file have none for any number of steps."""
+    if getattr(schedule, "func", None) in (constant_factor, warmup_constant_factor, warmup_cosine_factor):
+        return
+    for total in {1, min(2, steps), steps}:
+        at = jnp.arange(total, dtype=jnp.int32)
+        factors = np.asarray(jax.vmap(lambda step, total=total: schedule(step, jnp.int32(total)))(at))
+        bad = np.flatnonzero(~(np.isfinite(factors) & (factors > 0)))
+        if bad.size:
+            raise ConfigError(
+                f"schedule={schedule!r} gives a user of {total} steps the factor {factors[bad[0]]} at step {bad[0]} "
+                "(counted from 0): such a step would teach nothing; let each that is taken be finite and above 0"
+            )
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether it can be called with so many positional arguments."""
+    if not callable(function) or isinstance(function, type):
+        return False
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return True
+    return True
 
 
 def at_rates(updates: Any, rates: Mapping[str, float]) -> Any:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
+from popax.adapters.masters import masters, stored
 from popax.population.bounds import check_bounds
 from popax.population.optimizer import Optimizer
 from popax.sharding import ShardingRules
@@ -45,7 +46,10 @@ class PopulationState(NamedTuple):
     """One member's state, or N members' with N first on every leaf: one `in_axes=0` fits any optimizer's state.
 
     An inactive member is an unused slot, a finished user or one that stopped early: its bytes do not change. skipped
-    counts steps whose loss or gradient was not finite. best is None where early stopping is off.
+    counts steps whose loss, gradient or update was not finite. best is None where early stopping is off.
+
+    Adapters, the best one's too, are float32 masters (popax.adapters.masters), and the optimizer's state is float32,
+    whatever dtype they are stored in.
     """
 
     step: jax.Array  # int32
@@ -87,12 +91,12 @@ def init_member(
     track_best: bool = False,
     keep_optimizer: bool = False,
 ) -> PopulationState:
-    """One user's state at step 0, fresh or from a given adapter (an earlier revision).
+    """One user's state at step 0, fresh or from a given adapter (an earlier revision, or masters).
 
     keep_optimizer: where the best adapter is tracked, so is the optimizer's state of that moment.
     """
     init_key, own_key = jax.random.split(key)
-    adapter = cohort.init(init_key) if adapter is None else adapter
+    adapter = masters(cohort.init(init_key) if adapter is None else adapter)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
         opt_state = optimizer(settings.learning_rate).init(adapter)
     return PopulationState(
@@ -159,8 +163,13 @@ def empty_population(
 
 
 def selected_adapters(state: PopulationState) -> AdapterState:
-    """What a user keeps: the adapter at the best validation where that is tracked, else the last one."""
+    """The adapter at the best validation where that is tracked, else the last one."""
     return state.adapters if state.best is None else state.best.adapter
+
+
+def stored_adapters(cohort: Cohort, state: PopulationState) -> AdapterState:
+    """What a user keeps: `selected_adapters` as they are stored."""
+    return stored(cohort, selected_adapters(state))
 
 
 def population_shardings(cohort: Cohort, state: PopulationState, mesh: Mesh, rules: ShardingRules) -> PopulationState:

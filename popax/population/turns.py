@@ -74,6 +74,16 @@ class Turns:
         ]
 
 
+def converted(tree: T, dtype: str) -> T:
+    """Leaves in this dtype, where they lie, by the host: what waits in its memory no device computes with."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        blocks = {shard.device: np.asarray(shard.data).astype(dtype) for shard in leaf.addressable_shards}
+        return _from_blocks(leaf.shape, leaf.sharding, blocks)
+
+    return jax.tree.map(one, tree)
+
+
 def _from_blocks(shape: tuple[int, ...], sharding: Any, blocks: dict[Any, np.ndarray]) -> jax.Array:
     kind = sharding.memory_kind
     parts = [jax.device_put(block, SingleDeviceSharding(device, memory_kind=kind)) for device, block in blocks.items()]

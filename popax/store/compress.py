@@ -12,6 +12,7 @@ from popax.store.catalog import Catalog
 from popax.store.codec import CODECS, RowCodec, as_codec, codec_of
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit
+from popax.store.finite import refuse_non_finite
 from popax.store.manifest import Manifest
 from popax.store.reader import chunks
 
@@ -58,8 +59,8 @@ def compress(
     error is at most max_error; the others are left as they are, and say so.
 
     The original stays until it is pruned, and the compressed one is a candidate: its bytes are others. Raises
-    CatalogError on an unknown form, or on a basis for a method that has no pair of factors; PopulationError where an
-    adapter holds what is not finite, and as `load`.
+    CatalogError on an unknown form, or on a basis for a method that has no pair of factors; NonFiniteError where an
+    adapter holds what is not finite (of a popax that let it in), and as `load`.
     """
     if form not in FORMS:
         raise CatalogError(f"form {form!r}: one of {', '.join(FORMS)}")
@@ -72,7 +73,7 @@ def compress(
         manifests = catalog.resolve([(user, None) for user in some])
         done += [_left(catalog, one, None) for one in manifests if one.codec is not None]
         for cohort, members in _by_cohort(catalog, manifests):
-            rows = catalog.read_rows(members)
+            rows = _finite_rows(catalog, cohort, members)
             chosen = choosers[cohort.id](rows) if choosers else [codec_of(form)] * len(rows)
             wanted: list[tuple[Manifest, Commit]] = []
             for manifest, row, codec in zip(members, rows, chosen, strict=True):
@@ -100,7 +101,7 @@ def _fitted(catalog: Catalog, users: Sequence[str], inner: str, shared: Shared) 
         fit_on = few.taken
         cohort = catalog.cohort_of(fit_on[0])
         fit = {"rank": shared.rank, "clusters": shared.clusters, "seed": shared.seed}
-        bases, nearest_N = fit_bases(cohort, catalog.read_rows(fit_on), **fit)
+        bases, nearest_N = fit_bases(cohort, _finite_rows(catalog, cohort, fit_on), **fit)
         codecs: list[RowCodec] = []
         for index, basis in enumerate(bases):
             place = catalog.bases.put(
@@ -129,6 +130,12 @@ class EveryFew:
             if len(self.taken) > self._most:
                 self.taken, self._every = self.taken[::2], 2 * self._every
         self._seen += 1
+
+
+def _finite_rows(catalog: Catalog, cohort: StoredCohort, members: Sequence[Manifest]) -> list[np.ndarray]:
+    rows = catalog.read_rows(members)
+    refuse_non_finite(cohort.layout, [member.user for member in members], rows)
+    return list(rows)
 
 
 def _of(members: Sequence[Manifest], nearest_N: np.ndarray, index: int) -> list[Manifest]:

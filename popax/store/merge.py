@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.adapters.compose import compose
-from popax.errors import BaseMismatchError, ComposeError
+from popax.errors import BaseMismatchError, ComposeError, NonFiniteError
 from popax.modeling.base import Base, new_base
 from popax.modeling.model import Model
 from popax.store.catalog import Catalog
@@ -19,8 +19,9 @@ def merged_base(catalog: Catalog, base: Base, terms: Sequence[Term]) -> Base:
     """The base with these revisions' weighted sum in its weights: what it computes is what base and adapters compute.
 
     One revision of weight 1 may be of any method that changes weights; sums are those of `popax.adapters.compose`.
-    Raises BaseMismatchError for another base's adapter; ComposeError where there is nothing to merge, and where an
-    adapter gives a site a bias that the base has no place for, and of a method that changes no weight.
+    Raises BaseMismatchError for another base's adapter; NonFiniteError where a weight would not be finite; ComposeError
+    where there is nothing to merge, and where an adapter gives a site a bias that the base has no place for, and of a
+    method that changes no weight.
     """
     if not terms:
         raise ComposeError("there is no adapter to merge")
@@ -42,6 +43,13 @@ def merged_base(catalog: Catalog, base: Base, terms: Sequence[Term]) -> Base:
     for site in cohort.specs:
         weight, old = base.model.site_weight(params, site), base.model.site_bias(params, site)
         weight, bias = cohort.merge(site, weight, adapter, shared, old)
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((weight, bias))):
+            names = ", ".join(manifest.shown for manifest, _ in terms)
+            raise NonFiniteError(
+                f"{names}: the weight of {site} would hold what is not a finite number in {weight.dtype.name}: mend "
+                "the adapter, give it less weight, or merge into a base with a wider param_dtype",
+                [manifest.user for manifest, _ in terms],
+            )
         params = base.model.with_site_weight(params, site, weight)
         if bias is not None:
             params = _with_bias(base.model, params, site, bias)

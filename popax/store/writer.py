@@ -13,6 +13,7 @@ from popax.store.codec import as_codec, rows_label
 from popax.store.cohort import StoredCohort
 from popax.store.commit import Commit, Revision
 from popax.store.database import Database, is_conflict, is_gone, storage_error, storage_errors
+from popax.store.finite import refuse_nan, refuse_non_finite
 from popax.store.layout import row_digest
 from popax.store.manifest import Manifest, UserRecord, now
 from popax.store.optimizer import PackedOptimizer, pack_optimizer, put_layouts
@@ -41,10 +42,11 @@ def write(
     """All of the commits in one transaction, or none; what the same run already committed is returned, not rewritten.
 
     Raises ConflictError where a parent is not the latest, another writer committed one of the users meanwhile, or a
-    user appears twice; PopulationError where an adapter does not fit the cohort; StorageError where the store refuses.
+    user appears twice; PopulationError where an adapter does not fit the cohort; NonFiniteError where some hold what is
+    not a finite number; StorageError where the store refuses.
     """
-    _create_arrays(database, cohort, commits)
     packed, entries = _packed(cohort, commits)
+    _create_arrays(database, cohort, commits)
 
     def place(store: ts.KvStore, fresh: Sequence[int]) -> list[Revision]:
         return place_rows(store, cohort, packed, entries, fresh, shard=0)
@@ -65,8 +67,8 @@ def stage(database: Database, cohort: StoredCohort, commits: Sequence[Commit], s
 
     What the same run already committed is left out. Errors as `write`, but for conflicts between users' revisions.
     """
-    _create_arrays(database, cohort, commits, shard)
     packed, entries = _packed(cohort, commits)
+    _create_arrays(database, cohort, commits, shard)
     users = read_users(database, None, [entry.user for entry in entries])
     kept = _already_committed(cohort, entries, users)
     fresh = [index for index, manifest in enumerate(kept) if manifest is None]
@@ -193,16 +195,23 @@ def write_rows(store: ts.KvStore, array: str, rows: Sequence[np.ndarray]) -> int
 
 
 def _packed(cohort: StoredCohort, commits: Sequence[Commit]) -> tuple[list[Packed], list[Revision]]:
-    """The bytes as they are stored, and what else the commits say."""
+    """The bytes as they are stored, and what else the commits say. Raises NonFiniteError as `write`."""
+    rows = [cohort.layout.checked(commit.adapter) for commit in commits]
+    refuse_non_finite(cohort.layout, [commit.user for commit in commits], rows)
     stored, entries = [], []
-    for commit in commits:
-        row, codec = cohort.layout.checked(commit.adapter), None
+    for commit, own in zip(commits, rows, strict=True):
+        row, codec = own, None
         if commit.codec is not None:
             form = as_codec(commit.codec)
             encoded = form.encode(cohort.layout, row)
-            error = form.error(cohort.layout, row, form.decode(cohort.layout, encoded))
-            row, codec = encoded, {**form.record, "error": error}
-        stored.append(Packed(row, None if commit.optimizer is None else pack_optimizer(commit.optimizer)))
+            decoded = form.decode(cohort.layout, encoded)
+            refuse_non_finite(cohort.layout, [commit.user], [decoded], f" once stored as {form.label}")
+            row, codec = encoded, {**form.record, "error": form.error(cohort.layout, row, decoded)}
+        optimizer = None
+        if commit.optimizer is not None:
+            refuse_nan(commit.optimizer, commit.user)
+            optimizer = pack_optimizer(commit.optimizer)
+        stored.append(Packed(row, optimizer))
         entries.append(Revision.of(commit, row_digest(row), codec))
     return stored, entries
 

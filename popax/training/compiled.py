@@ -13,8 +13,9 @@ from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
 from popax.population.continuation import continuation
 from popax.population.early_stop import observe
+from popax.population.optimizer import check_factors
 from popax.population.placement import AXIS, Placement
-from popax.population.state import PopulationState, empty_population, selected_adapters
+from popax.population.state import PopulationState, empty_population, stored_adapters
 from popax.population.step import population_loss, population_step
 from popax.sharding import training_options
 from popax.training.config import TrainConfig
@@ -35,7 +36,11 @@ class Programs(NamedTuple):
 
 
 def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None) -> Programs:
-    """Jitted functions; nothing is compiled before its first call. placement: by default all on one device."""
+    """Jitted functions; nothing is compiled before its first call. placement: by default all on one device.
+
+    Raises ConfigError where the schedule has steps without a rate (`check_factors`).
+    """
+    check_factors(config.schedule, config.steps)
     placement = placement or Placement(config.slots)
     objective = sft(model, remat=config.remat)
     over = AXIS if placement.blocks > 1 else None
@@ -50,7 +55,7 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
     )
     loss = population_loss(cohort, objective, spmd_axis_name=over)
     look = functools.partial(observe, config.early_stop) if config.early_stop else None
-    take = functools.partial(_take, placement, config.keep_optimizer)
+    take = functools.partial(_take, cohort, placement, config.keep_optimizer)
     if placement.mesh is None:
         return Programs(
             step=jax.jit(step, donate_argnums=2),
@@ -93,9 +98,11 @@ def empty_slots(cohort: Cohort, config: TrainConfig) -> PopulationState:
     return empty_population(cohort, config.optimizer, config.slots, **tracked)
 
 
-def _take(placement: Placement, keep_optimizer: bool, state: PopulationState, slot: jax.Array) -> tuple[Any, Any, Any]:
+def _take(
+    cohort: Cohort, placement: Placement, keep_optimizer: bool, state: PopulationState, slot: jax.Array
+) -> tuple[Any, Any, Any]:
     one = placement.take(state, slot)
     counters = {"steps": one.step, "skipped": one.skipped}
     if one.best is not None:
         counters |= {"kept_step": one.best.step, "validation_loss": one.best.loss}
-    return selected_adapters(one), counters, continuation(one) if keep_optimizer else None
+    return stored_adapters(cohort, one), counters, continuation(cohort, one) if keep_optimizer else None

@@ -1,14 +1,17 @@
 """What a training run is: frozen, keyword-only, and the same for every user of the run."""
 
 import dataclasses
+import math
+import numbers
 import re
 
 from popax.adapters.base import AdapterConfig
+from popax.adapters.table import method_of
 from popax.errors import ConfigError
 from popax.modeling.remat import Remat, check_remat
 from popax.population.bounds import NormKind, check_bounds
 from popax.population.early_stop import EarlyStop
-from popax.population.optimizer import Optimizer, Schedule, adamw, warmup_cosine
+from popax.population.optimizer import Optimizer, Schedule, adamw, check_optimizer, check_schedule, warmup_cosine
 from popax.population.state import HParams, hparams
 
 
@@ -16,7 +19,7 @@ from popax.population.state import HParams, hparams
 class CohortRule:
     """Users whose id fully matches the pattern `users` have this adapter; None: the base alone, and nothing is trained.
 
-    learning_rate: None is the run's own.
+    learning_rate: None is the run's own, and where it has none, that of the adapter's method.
     """
 
     users: str = ".*"
@@ -28,6 +31,7 @@ class CohortRule:
             re.compile(self.users)
         except re.error as error:
             raise ConfigError(f"users={self.users!r} is not a regular expression: {error}") from error
+        check_rate(self.learning_rate, "CohortRule")
 
     def has(self, user: str) -> bool:
         return re.fullmatch(self.users, user) is not None
@@ -39,6 +43,7 @@ class TrainConfig:
 
     turns: so many times as many users have a seat; they train by turns, a round each, and wait in host memory, which
     leaves the device's to one turn.
+    learning_rate: None is that of the adapter's method (`AdapterMethod.learning_rate`), where to begin with Adam.
     Users with fewer rows than steps * batch_size see them at most max_epochs times; users with fewer examples than
     min_examples are left out. checkpoint_every counts iterations of the whole population. validation_rows: how many
     rows of a user's validation slice early stopping looks at. early_stop: None trains
@@ -57,7 +62,7 @@ class TrainConfig:
     slots: int = 32
     turns: int = 1
     steps: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     clip_norm: float = 1.0
     max_epochs: float = float("inf")
     optimizer: Optimizer = dataclasses.field(default_factory=adamw)
@@ -80,16 +85,23 @@ class TrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
         check_remat(self.remat, "TrainConfig")
         check_bounds(self.norm_budget, self.kl_weight)
-        if self.learning_rate < 0 or self.clip_norm <= 0 or self.max_epochs <= 0:
+        check_rate(self.learning_rate, "TrainConfig")
+        check_optimizer(self.optimizer)
+        check_schedule(self.schedule)
+        if not (self.clip_norm > 0 and self.max_epochs > 0):
             raise ConfigError(
-                f"learning_rate={self.learning_rate}, clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: "
-                "the rate is not negative, the others are positive (inf switches them off)"
+                f"clip_norm={self.clip_norm}, max_epochs={self.max_epochs}: positive (inf switches them off)"
             )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: the one given, or that of the adapter's method."""
+        return method_of(self.adapter).learning_rate if self.learning_rate is None else self.learning_rate
 
     def member_settings(self, max_steps: int) -> HParams:
         """A user's own, as arrays."""
         return hparams(
-            learning_rate=self.learning_rate,
+            learning_rate=self.rate,
             clip_norm=self.clip_norm,
             max_steps=max_steps,
             norm_budget=self.norm_budget,
@@ -98,7 +110,7 @@ class TrainConfig:
 
     def recorded_settings(self) -> dict[str, float]:
         """What a revision keeps of them; bounds where there are some."""
-        settings: dict[str, float] = {name: getattr(self, name) for name in ("learning_rate", "steps", "clip_norm")}
+        settings: dict[str, float] = {"learning_rate": self.rate, "steps": self.steps, "clip_norm": self.clip_norm}
         bounds = {"norm_budget": self.norm_budget} if self.budget else {}
         return settings | bounds | ({"kl_weight": self.kl_weight} if self.kl_weight else {})
 
@@ -119,3 +131,16 @@ class TrainConfig:
         if self.max_epochs == float("inf"):
             return self.steps
         return max(1, min(self.steps, round(self.max_epochs * rows / batch_size)))
+
+
+def check_rate(learning_rate: object, owner: str) -> None:
+    """Raises ConfigError on what is no learning rate, or None."""
+    if learning_rate is None:
+        return
+    if callable(learning_rate):
+        raise ConfigError(
+            f"{owner}.learning_rate={learning_rate!r}: a number; how it changes from step to step is the schedule's, a "
+            "factor on it (popax.population.optimizer.warmup_cosine, for instance)"
+        )
+    if not isinstance(learning_rate, numbers.Real) or not 0 <= float(learning_rate) < math.inf:
+        raise ConfigError(f"{owner}.learning_rate={learning_rate!r}: a finite number of at least 0")

@@ -49,6 +49,7 @@ class PopulationWatch:
     def __init__(self, directory: Path, *, save_config: Callable[[], object]):
         self._directory, self._save_config = directory, save_config
         self._opened, self._done = contextlib.ExitStack(), 0
+        self._skipped = 0  # since this process began
 
     def on_start(self, record: RunRecord, seating: Seating) -> None:
         self._save_config()
@@ -61,7 +62,9 @@ class PopulationWatch:
     def on_round(self, seating: Seating, metrics: Sequence[StepMetrics]) -> None:
         values = round_metrics(metrics) | {"users_done": users_done(seating)}
         self._lines.write(seating.iteration, values)
-        self._bar.update(users_done(seating) - self._done, note=f"loss {values['loss']:.3f}")
+        self._skipped += int(values["skipped_steps"])
+        note = f"loss {values['loss']:.3f}" + (f", {self._skipped} steps skipped" if self._skipped else "")
+        self._bar.update(users_done(seating) - self._done, note=note)
         self._done = users_done(seating)
 
     def __enter__(self) -> "PopulationWatch":
@@ -93,11 +96,13 @@ def users_done(seating: Seating) -> int:
 
 
 def round_metrics(metrics: Sequence[StepMetrics]) -> dict[str, float]:
-    """Over one round: nats a target over all members that ran, the largest gradient norm, targets, skipped steps."""
+    """Over one round: nats a target over all members that ran, the largest gradient norm, targets, and the steps that
+    were skipped because something in them was not finite (`member_step`)."""
     host: list[StepMetrics] = jax.device_get(list(metrics))
     ran = np.stack([np.asarray(step.ran) for step in host])
     nats = np.stack([np.asarray(step.sums.nats) for step in host])
     targets = np.stack([np.asarray(step.sums.targets) for step in host])
+    skipped = np.stack([np.asarray(step.skipped) for step in host])
     norms = np.stack([np.asarray(step.grad_norm) for step in host])
     total = float(targets[ran].sum())
     return {
@@ -105,6 +110,7 @@ def round_metrics(metrics: Sequence[StepMetrics]) -> dict[str, float]:
         "targets": total,
         "grad_norm_max": float(norms[ran].max()) if ran.any() else math.nan,
         "users_training": float(ran[-1].sum()),
+        "skipped_steps": float(skipped.sum()),
     }
 
 

@@ -13,7 +13,8 @@ from popax.modeling.base import Base
 from popax.objectives.distill import Lesson, distill, pair
 from popax.objectives.sft import sft
 from popax.population.early_stop import observe
-from popax.population.state import PopulationState, init_member, selected_adapters
+from popax.population.optimizer import check_factors
+from popax.population.state import PopulationState, init_member, stored_adapters
 from popax.population.step import population_loss, population_step
 from popax.training.config import TrainConfig
 from popax.training.members import user_key
@@ -48,6 +49,7 @@ class Distiller:
         self._pair, self._student, self._shared = pair(new.params, old.params, shared[0]), new.params, shared[1]
         self._target, self._data, self._config = cohorts[1], data, config
         self._group, self._batch_size = group, batch_size
+        check_factors(config.schedule, config.steps)
         objective = distill(new.model, old.model, cohorts[0], remat=config.remat)
         step = population_step(
             self._target,
@@ -60,6 +62,7 @@ class Distiller:
         self._step = jax.jit(step, donate_argnums=2)
         self._loss = jax.jit(population_loss(self._target, sft(new.model)))
         self._start = jax.jit(jax.vmap(self._member))
+        self._keep = jax.jit(functools.partial(stored_adapters, self._target))
         rule = config.early_stop
         self._observe = None if rule is None else jax.jit(functools.partial(observe, rule))
 
@@ -88,7 +91,7 @@ class Distiller:
                 if not np.asarray(state.active).any():
                     break
         kept_N = state.step if state.best is None else state.best.step
-        made = jax.tree.map(lambda leaf: np.asarray(leaf)[: len(users)], selected_adapters(state))
+        made = jax.tree.map(lambda leaf: np.asarray(leaf)[: len(users)], self._keep(state))
         return made, np.asarray(kept_N)[: len(users)]
 
     def _member(self, key: jax.Array, steps: jax.Array, adapter: AdapterState) -> PopulationState:

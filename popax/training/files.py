@@ -9,13 +9,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.cohort import Cohort
+from popax.adapters.masters import has_masters
 from popax.data.users import UserDataset
 from popax.distributed.group import ProcessGroup
-from popax.errors import CatalogError, NonFiniteError, StorageError
+from popax.errors import CatalogError, CheckpointError, NonFiniteError, StorageError
 from popax.modeling.base import Base
 from popax.population.slots import SlotTable
 from popax.population.state import PopulationState, selected_adapters
-from popax.population.turns import Turns
+from popax.population.turns import Turns, converted
 from popax.store.catalog import Catalog, Commit, Revision
 from popax.store.checkpoint import CheckpointStore
 from popax.store.layout import RowLayout
@@ -45,6 +46,7 @@ class RunFiles:
     ):
         self._config, self._dataset, self._catalog, self._run = config, dataset, catalog, run
         self._refused: list[SetAside] = []
+        self._cohort = cohort
         self._turns = turns
         self._group, self._staged = ProcessGroup.current(), []
         self.shared = shared_arrays(base, cohort, catalog, turns.placement.mesh)
@@ -64,9 +66,11 @@ class RunFiles:
             try:
                 return self._write(commits)
             except NonFiniteError as error:
+                if not error.users:
+                    raise
                 # A state that is finite in training may not be in fewer bits: that user keeps what they had.
-                self._refused.append(SetAside.of(error.user, error))
-                commits = [one for one in commits if one.user != error.user]
+                self._refused += [SetAside.of(user, error) for user in error.users]
+                commits = [one for one in commits if one.user not in error.users]
 
     def _write(self, commits: Sequence[Commit]) -> None:
         if self._group.count == 1:
@@ -114,7 +118,7 @@ class RunFiles:
         """A checkpoint: the adapters that users would keep as one item, all else as another."""
         if self._checkpoints.latest() == seating.iteration:
             return
-        adapters, rest = _apart(self._turns.together(seating.states))
+        adapters, rest = self._apart(seating)
         self._checkpoints.save(
             seating.iteration,
             adapters=adapters,
@@ -131,8 +135,16 @@ class RunFiles:
         """The latest checkpoint, placed as `fresh` is; None where there is none."""
         if self._checkpoints.latest() is None:
             return None
-        adapters, rest = _apart(self._turns.together(fresh.states))
-        restored = self._checkpoints.restore(adapters=adapters, train_state=rest)
+        adapters, rest = self._apart(fresh)
+        try:
+            restored = self._checkpoints.restore(adapters=adapters, train_state=rest)
+        except CheckpointError as error:
+            if not has_masters(self._cohort):
+                raise
+            raise CheckpointError(
+                f"{error}. A run of {self._config.adapter.dtype} adapters that stopped before they had float32 masters "
+                "cannot go on: begin it again in another directory"
+            ) from error
         table = restored.record["table"]
         return Seating(
             restored.step,
@@ -140,6 +152,15 @@ class RunFiles:
             self._turns.apart(_together(restored.adapters, restored.train_state)),
             tuple(SetAside(**one) for one in restored.record.get("aside", ())),
         )
+
+    def _apart(self, seating: Seating) -> tuple[AdapterState, PopulationState]:
+        """(what users would keep, as it is stored, and all else that the run goes on with)."""
+        state = self._turns.together(seating.states)
+        if has_masters(self._cohort):
+            return converted(selected_adapters(state), self._config.adapter.dtype), state
+        if state.best is None:
+            return state.adapters, state._replace(adapters={})
+        return selected_adapters(state), state._replace(best=state.best._replace(adapter={}))
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -171,13 +192,8 @@ def shared_arrays(base: Base, cohort: Cohort, catalog: Catalog, mesh: Mesh | Non
     return jax.jit(make, out_shardings=everywhere)(base.params)
 
 
-def _apart(state: PopulationState) -> tuple[AdapterState, PopulationState]:
-    if state.best is None:
-        return state.adapters, state._replace(adapters={})
-    return selected_adapters(state), state._replace(best=state.best._replace(adapter={}))
-
-
 def _together(adapters: AdapterState, rest: PopulationState) -> PopulationState:
+    """The inverse of `_apart`: what users would keep is only of use where the rest has no masters."""
     if rest.best is None:
-        return rest._replace(adapters=adapters)
-    return rest._replace(best=rest.best._replace(adapter=adapters))
+        return rest if rest.adapters else rest._replace(adapters=adapters)
+    return rest if rest.best.adapter else rest._replace(best=rest.best._replace(adapter=adapters))

@@ -15,6 +15,7 @@ from popax.data.tokenize import Tokenizer, load_tokenizer, train_bpe
 from popax.data.users import UserDataset
 from popax.errors import ConfigError, DataError, TokenizerError
 from popax.modeling.model import Model
+from popax.modeling.virtual import check_room
 
 BPE = "bpe:"
 SOURCES_FILE = "sources.json"
@@ -82,8 +83,9 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     return train_bpe(texts(), int(size))
 
 
-def check_fits(model: Model, tokenizer: Tokenizer, seq_len: int) -> None:
-    """Raises ConfigError where the tokenizer has more tokens than the model, or rows exceed the model's context."""
+def check_fits(model: Model, tokenizer: Tokenizer, seq_len: int, virtual_tokens: int = 0) -> None:
+    """Raises ConfigError where the tokenizer has more tokens than the model, or rows exceed the model's context, alone
+    or with the virtual tokens of an adapter (`Cohort.virtual_tokens`) before them."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, ModelConfig.vocab_size is {model.config.vocab_size}: "
@@ -94,6 +96,7 @@ def check_fits(model: Model, tokenizer: Tokenizer, seq_len: int) -> None:
             f"PipelineConfig.seq_len={seq_len} exceeds ModelConfig.max_seq_len={model.config.max_seq_len}: the model "
             "would run beyond its own context; shorten the rows"
         )
+    check_room(model.config, seq_len, virtual_tokens)
 
 
 def texts_of(examples: Iterable[Example]) -> Iterator[str]:

@@ -12,16 +12,20 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
+from popax.adapters.masters import masters, rounded
 from popax.errors import ConfigError
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat, check_remat
 from popax.objectives.sft import sft
+from popax.population.guard import all_finite, keep_unless, none_broken
+from popax.population.optimizer import Schedule, warmup_cosine
+from popax.training.config import check_rate
 from popax.types import NO_ADAPT, Batch, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """AdamW with warm-up and cosine decay to a tenth; weight decay on matrices only."""
+    """AdamW with warm-up and cosine decay towards a tenth; weight decay on matrices only."""
 
     steps: int = 400
     learning_rate: float = 3e-3
@@ -37,12 +41,14 @@ class PretrainConfig:
         if self.steps < 1 or not 0 <= self.warmup_steps < self.steps:
             raise ConfigError(f"steps={self.steps}, warmup_steps={self.warmup_steps}: 0 <= warmup_steps < steps")
         check_remat(self.remat, "PretrainConfig")
+        check_rate(self.learning_rate, "PretrainConfig")
         if self.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={self.checkpoint_every}: at least 1")
 
 
 class PretrainState(NamedTuple):
-    """What a checkpoint holds."""
+    """What a checkpoint holds. Parameters are float32 masters, and so is the optimizer's state, whatever the model's
+    param_dtype: what the model sees of them is what it will be saved as (popax.adapters.masters)."""
 
     step: jax.Array
     params: Params
@@ -61,11 +67,17 @@ class PretrainHooks:
     stop_requested: Callable[[], bool] = lambda: False
 
 
+def schedule(config: PretrainConfig) -> Schedule:
+    """A factor on the learning rate, above 0 at every step."""
+    return warmup_cosine(warmup_fraction=config.warmup_steps / config.steps, floor=0.1)
+
+
 def optimizer(config: PretrainConfig) -> optax.GradientTransformation:
     """The transformation of this config."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.1 * config.learning_rate
-    )
+    factor = schedule(config)
+
+    def rate(step: Any) -> jax.Array:
+        return config.learning_rate * factor(jnp.asarray(step), jnp.int32(config.steps))
 
     def matrices(params: Params) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key in ("kernel", "embedding"), params)
@@ -86,6 +98,8 @@ def pretrain(
 ) -> tuple[Params, int]:
     """Train from scratch; batch_at(step) is a pure function. Returns the parameters and the number of steps done.
 
+    A step whose loss, gradient or update is not finite changes nothing but the count of steps.
+
     directory: where checkpoints go, and where a stopped run is found again; None keeps none.
     """
     hooks = hooks or PretrainHooks()
@@ -98,9 +112,8 @@ def pretrain(
     saved = _Checkpoints(directory) if directory is not None else None
     if saved is not None:
         state = saved.restore(state)
-    step_fn = jax.jit(
-        functools.partial(_step, sft(model, remat=config.remat, frozen_base=False), transform), donate_argnums=0
-    )
+    objective, saved_as = sft(model, remat=config.remat, frozen_base=False), functools.partial(_rounded, model)
+    step_fn = jax.jit(functools.partial(_step, objective, transform, saved_as), donate_argnums=0)
     done = int(state.step)
     hooks.on_start(done)
     previous: tuple[int, jax.Array] | None = None
@@ -117,19 +130,32 @@ def pretrain(
     if saved is not None:
         saved.save(state)
         saved.close()
-    return state.params, done
+    params = jax.jit(saved_as)(state.params)
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, model.abstract()), done
 
 
 def _start(model: Model, transform: optax.GradientTransformation, config: PretrainConfig) -> PretrainState:
-    params = model.init(jax.random.key(config.seed))
+    params = masters(model.init(jax.random.key(config.seed)))
     return PretrainState(jnp.zeros((), jnp.int32), params, transform.init(params))
 
 
-def _step(objective, transform, state: PretrainState, batch: Batch) -> tuple[PretrainState, jax.Array]:
-    (loss, _), grads = jax.value_and_grad(lambda params: objective(params, NO_ADAPT, batch), has_aux=True)(state.params)
+def _rounded(model: Model, params: Params) -> Params:
+    """The values that the model's own dtypes have, in float32, with the gradient of the identity."""
+    return jax.tree.map(
+        lambda leaf, like: leaf if like.dtype == leaf.dtype else rounded(leaf, like.dtype.name),
+        params,
+        model.abstract(),
+    )
+
+
+def _step(objective, transform, saved_as, state: PretrainState, batch: Batch) -> tuple[PretrainState, jax.Array]:
+    loss_of = lambda params: objective(saved_as(params), NO_ADAPT, batch)  # noqa: E731
+    (loss, _), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
+    finite = jnp.isfinite(loss) & all_finite(saved_as(params)) & none_broken(opt_state, state.opt_state)
+    params, opt_state = keep_unless(finite, (params, opt_state), (state.params, state.opt_state))
     return PretrainState(state.step + 1, params, opt_state), loss
 
 

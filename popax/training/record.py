@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from popax.errors import ConfigError
+from popax.population.described import compared
 from popax.training.aside import SetAside
 from popax.training.inputs import write_json
 from popax.training.news import DataIdentity
 
 FORMAT = 2
+FUNCTIONS = ("optimizer", "schedule")  # settings that are functions, as `described` has them
 RECORD_FILE, CHECKPOINTS = "run.json", "checkpoints"
 CLOSE = "--close_stopped"
 
@@ -77,9 +79,8 @@ class RunRecord:
     def check_settings(self, settings: Mapping[str, Any], directory: Path) -> None:
         """Raises ConfigError where this run was begun with other settings; what was no setting then is not compared."""
         now = json.loads(json.dumps(settings))
-        differing = sorted(
-            name for name in now.keys() & self.settings.keys() if not _same(now[name], self.settings[name])
-        )
+        both = now.keys() & self.settings.keys()
+        differing = sorted(name for name in both if not _same(name, self.settings[name], now[name]))
         if differing:
             raise ConfigError(
                 f"{directory} holds run {self.run} with other settings ({', '.join(differing)}): choose another "
@@ -133,8 +134,6 @@ def discard_checkpoints(directory: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _same(now: Any, then: Any) -> bool:
-    # An older version recorded a schedule by the name of its closure, without its arguments.
-    if isinstance(then, str) and ".<locals>." in then and isinstance(now, dict):
-        return now.get("name") == then.partition(".")[0]
-    return now == then
+def _same(name: str, then: Any, now: Any) -> bool:
+    # Of functions an older version kept the name alone. A stopped round of it is refused in any case.
+    return compared(then, now) != "other" if name in FUNCTIONS else then == now

@@ -1,7 +1,6 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from popax.data.pipeline import UserPipeline
 from popax.distributed.group import ProcessGroup
 from popax.errors import DataError
 from popax.modeling.base import Base
+from popax.population.described import described
 from popax.population.placement import Placement
 from popax.population.step import StepMetrics
 from popax.population.turns import Turns
@@ -133,16 +133,11 @@ def train_population(
 
 
 def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dict[str, Any]:
-    """What decides a run's result, as JSON values; the optimizer with its settings, the schedule by its name only."""
+    """What decides a run's result, as JSON values."""
     plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "cohorts"}
     for name in ("optimizer", "schedule"):
-        plain[name] = _described(plain[name])
+        plain[name] = described(plain[name])
+    plain["learning_rate"] = config.rate
     plain["adapter"] = config.adapter.to_dict()
     plain["early_stop"] = dataclasses.asdict(config.early_stop) if config.early_stop else None
     return {"base": base.digest, "data": dataclasses.asdict(pipeline.config), **plain}
-
-
-def _described(function: Callable[..., Any]) -> Any:
-    if isinstance(function, functools.partial):
-        return {"name": _described(function.func), **function.keywords}
-    return getattr(function, "__qualname__", None) or type(function).__name__

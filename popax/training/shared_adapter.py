@@ -9,7 +9,7 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
 from popax.modeling.base import Base
-from popax.population.state import init_population, selected_adapters
+from popax.population.state import init_population, stored_adapters
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
 from popax.types import AdapterState, Batch
@@ -53,7 +53,7 @@ def train_shared_adapter(
             batch = jax.tree.map(lambda leaf: leaf[None], mixed.batch(step))
             state, _ = programs.step(base.params, shared, state, batch)
             on_step(step + 1, total)
-    return selected_adapters(state)
+    return stored_adapters(cohort, state)
 
 
 def _everyone(batch_NxMxT: Batch) -> Batch:

@@ -123,7 +123,8 @@ def test_a_users_own_weight_holds_them_near_the_base(bench, random_batch):
     )
     for _ in range(12):
         free, _ = plain(bench.params, shared, free, member(batch, 0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), member(state, 0).adapters, free.adapters)
+    # Two programs, and twelve of Adam's steps at a rate of 3e-2.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), member(state, 0).adapters, free.adapters)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan")])

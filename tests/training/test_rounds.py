@@ -235,7 +235,7 @@ def test_an_adapter_that_is_not_finite_in_the_stored_dtype_sets_its_user_aside(t
     def refusing(self, cohort, commits, original=Catalog.commit_batch):
         for one in commits:
             if one.user == "user-001":
-                raise NonFiniteError("the adapter of user 'user-001' is not finite", user="user-001")
+                raise NonFiniteError("the adapter of user 'user-001' is not finite", ["user-001"])
         return original(self, cohort, commits)
 
     monkeypatch.setattr(Catalog, "commit_batch", refusing)

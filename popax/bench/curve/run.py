@@ -19,7 +19,7 @@ from popax.evaluation.columns import EvalConfig, Scorer, bits_per_byte, row_chun
 from popax.modeling.base import Base
 from popax.objectives.base import Sums
 from popax.objectives.sft import sft
-from popax.population.state import init_population, selected_adapters
+from popax.population.state import init_population, stored_adapters
 from popax.training.compiled import Programs, compile_programs
 from popax.training.config import TrainConfig
 from popax.training.members import user_key
@@ -117,7 +117,7 @@ def train_members(base: Base, pipeline: UserPipeline, who: Members, cohort: Coho
             batch = pipeline.population(who.names, [step + int(seed) * config.steps for seed in who.seed_N])
             state, _ = programs.step(base.params, shared, state, batch)
     assert state.best is not None
-    return Trained(selected_adapters(state), np.asarray(state.best.loss), shared, programs)
+    return Trained(stored_adapters(cohort, state), np.asarray(state.best.loss), shared, programs)
 
 
 def _sums(
