@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 
 from popax.data.places import Places, Refused
@@ -56,7 +55,7 @@ class RecordReader:
 
     def counts(self) -> dict[str, int]:
         """Each user's number of examples, without reading any."""
-        lengths = pc.list_value_length(self._index.column("records"))
+        lengths = self._index.column("records").value_lengths()
         return dict(zip(self._users.to_pylist(), lengths.to_pylist(), strict=True))
 
     def digests(self, users: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A whole population run: base and text in, revisions in the catalog out; stopped and resumed at will."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -214,25 +214,25 @@ class PopulationStream:
             if self._group.count == 1:  # whose slot will be free first, and so whose user they are, is not known before
                 self._source.prefetch(self._queue[table.next : table.next + self._config.slots])
             started = {user: self._source.start(user) for slot, user in found if self._placement.holds(slot)}
-            aside = self._set_aside(started)
+            members, aside = self._agreed(started)
             vacant = [turn.seats[slot] for slot, user in found if user in aside]
             told = tuple(aside[user] for _, user in found if user in aside)
             turn = turn._replace(table=table.release(vacant), aside=turn.aside + told)
             for slot, user in found:
                 if user not in aside:
-                    placed = self._placement.seated(slot, started.get(user), turn.state)
+                    placed = self._placement.seated(slot, members.get(user), turn.state)
                     turn = turn._replace(state=self._programs.seat(turn.state, np.int32(slot), placed))
                     anyone = True
         # The start counts as a candidate: a user whom training does not help keeps what they had.
         return self._validate(turn) if anyone else turn
 
-    def _set_aside(self, started: dict[str, PopulationState | SetAside]) -> dict[str, SetAside]:
-        """Who cannot be trained, as any process found; those are taken out of `started`."""
+    def _agreed(
+        self, started: dict[str, PopulationState | SetAside]
+    ) -> tuple[dict[str, PopulationState], dict[str, SetAside]]:
+        """(this process's members, who cannot be trained as any process found)."""
         own = [one.to_dict() for one in started.values() if isinstance(one, SetAside)]
         aside = {one["user"]: SetAside(**one) for part in self._group.gather(own) for one in part}
-        for user in aside:
-            started.pop(user, None)
-        return aside
+        return {user: one for user, one in started.items() if not isinstance(one, SetAside)}, aside
 
 
 def pad_rows(leaf_NxMxT: np.ndarray, rows: int) -> np.ndarray:

@@ -71,8 +71,17 @@ def _line(user: int, at: int) -> str:
 def _base(place: Path) -> Base:
     """Random weights: what is timed does not depend on them."""
     tokenizer = load_tokenizer("byte")
-    size = {"embed_dim": 32, "ffw_dim": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
-    model = Model(ModelConfig(vocab_size=tokenizer.vocab_size, max_seq_len=128, **size))
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        embed_dim=32,
+        ffw_dim=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_seq_len=128,
+    )
+    model = Model(config)
     base = new_base(model, model.init(jax.random.key(0)), source="random weights")
     save_base(place, base)
     tokenizer.save(place)
