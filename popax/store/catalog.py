@@ -174,8 +174,7 @@ class Catalog:
         return self._loader.latest(record)
 
     def load(self, user: str, revision: Which = None, *, base_digest: str | None = None) -> Loaded:
-        """One revision: a number, "latest" (the default), "promoted", or a tag. Its leaves are NumPy [L, ...], views of
-        the one row that was read.
+        """One revision: a number, "latest" (the default), "promoted", or a tag. Leaves: NumPy [L, ...], views of one row.
 
         Raises RevisionNotFoundError; CorruptRevisionError where the bytes do not match their digest;
         BaseMismatchError where base_digest is given and the adapter was made for another base.
@@ -229,8 +228,7 @@ class Catalog:
         return self._pointer(pointers.untag, user, name)
 
     def promote(self, user: str, revision: Which = None, *, expected: int | None = None) -> UserRecord:
-        """Make serving follow this revision (default: the latest); see `pointers.promote`. Asks no gate: that is
-        `popax.evaluation.promotion`'s."""
+        """Make serving follow this revision (default: the latest): `pointers.promote`, which asks no gate."""
         return self._pointer(functools.partial(pointers.promote, expected=expected), user, revision)
 
     def rollback(self, user: str, revision: Which = None) -> UserRecord:
