@@ -1,4 +1,4 @@
-# make setup | test | test-slow | demo | lint | types | docs | clean. Nothing is assumed but Python >= 3.11 with its venv module.
+# make setup | test | test-slow | mutants | demo | lint | types | docs | clean. Nothing is assumed but Python >= 3.11 with its venv module.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,12 +10,13 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
 PYTHON ?= $(shell for name in $(CANDIDATES); do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 
-.PHONY: help setup test test-slow demo lint format types docs clean
+.PHONY: help setup test test-slow mutants demo lint format types docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   a virtual environment in $(VENV) with popax and its development tools'
 	@echo 'make test    the test suite (ARGS= goes to pytest); make test-slow: what takes more than ten seconds each'
+	@echo 'make mutants do the tests see mistakes? (ARGS= goes to python -m tests.mutation)'
 	@echo 'make demo    the demonstration (ARGS= goes to popax demo)'
 	@echo 'make lint    ruff; make format rewrites; make types runs pyright'
 	@echo 'make docs    the documentation, warnings are errors'
@@ -28,6 +29,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'slow and not aot and not parity' $(ARGS)
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 demo: $(VENV)/.installed-run
 	$(BIN)/popax demo $(ARGS)

@@ -45,6 +45,7 @@ GATE = GateConfig(min_gain=0.125, min_bytes=500, max_retention_loss=0.05, max_no
         ({"norm": math.inf}, ["norm inf"]),
         ({"retention": 1.56}, ["retention loss 0.0600"]),
         ({"retention": math.nan}, ["retention loss nan"]),
+        ({"retention": -math.inf}, ["retention loss -inf"]),
         ({"retention": None}, ["without a retention text"]),
         ({"own": 3.0, "norm": 9.0, "target_bytes": 1}, ["gain -1.0", "1 bytes", "norm 9.0"]),
     ],
@@ -57,9 +58,26 @@ def test_each_value_is_held_against_its_threshold(changed, words):
         assert word in reason
 
 
+def test_a_reason_says_the_value_and_its_threshold():
+    bad = dataclasses.replace(GOOD, own=3.0, norm=9.0, target_bytes=1, retention=2.0)
+    assert judge(bad, GATE).reasons == (
+        "gain -1.0000 bits per byte is not above 0.125",
+        "1 bytes of text are fewer than 500",
+        "norm 9.0000 of the weights' own exceeds 0.2",
+        "retention loss 0.5000 bits per byte exceeds 0.05",
+    )
+
+
+def test_a_text_a_norm_and_a_loss_at_their_thresholds_pass():
+    gate = GateConfig(min_bytes=500, max_norm=0.25, max_retention_loss=0.0625)
+    at = dataclasses.replace(GOOD, target_bytes=500, norm=0.25, retention=1.5625)
+    assert judge(at, gate) == (True, ())
+
+
 def test_without_a_retention_threshold_no_text_is_asked_for():
     gate = dataclasses.replace(GATE, max_retention_loss=None)
     assert judge(dataclasses.replace(GOOD, retention=None, base_retention=None), gate).passed
+    assert judge(dataclasses.replace(GOOD, retention=9.0), gate).passed, "what nobody asked for is not judged"
 
 
 def test_no_threshold_lets_an_infinite_norm_pass():
@@ -75,6 +93,10 @@ def test_an_adapter_that_does_nothing_is_not_promoted_by_the_default():
 def test_a_gate_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match="GateConfig"):
         GateConfig(**wrong)
+
+
+def test_the_least_gate_there_is():
+    assert GateConfig(min_bytes=1, max_norm=1e-9, min_gain=-math.inf).min_bytes == 1
 
 
 @pytest.fixture

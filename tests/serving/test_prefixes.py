@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from popax.errors import PopulationError
-from popax.serving.pages import PagePool, scope_digest
 from popax.serving.request import Term
 from tests.serving.world import COHORTS, ask, prompt_of
 
@@ -78,65 +76,3 @@ def test_two_tenants_with_the_same_user_id_are_two_users(world, engine):
             assert told.tokens == world.alone(PROMPT, COUNT, f"{tenant}/same")
             answers[tenant] = told.tokens
     assert answers["acme"] != answers["zeta"]
-
-
-SCOPE = scope_digest("t", "base")
-
-
-def kept(pool, tokens, scope=SCOPE):
-    """The pages of a prefix that a sequence has computed."""
-    pages = pool.take(len(tokens) // pool.size)
-    digest = None
-    for at, page in enumerate(pages):
-        digest = pool.keep(scope, digest, tokens[at * pool.size : (at + 1) * pool.size], page)
-    return pages
-
-
-def test_pages_are_lent_shared_kept_and_taken_again():
-    pool = PagePool(6, 2)
-    tokens = [1, 2, 3, 4, 5]
-    pages = kept(pool, tokens)
-    assert (pool.available, pool.held) == (4, 2)
-    assert pool.find(SCOPE, tokens)[0] == pages  # both read them
-    pool.release(pages)
-    assert pool.held == 2
-    pool.release(pages)
-    assert (pool.available, pool.held) == (6, 0)
-    assert pool.find(SCOPE, tokens[:4])[0] == pages[:1]  # the last token is always computed
-    pool.release(pages[:1])
-    assert pool.find(SCOPE, [1, 2, 9, 9, 9])[0] == pages[:1]
-    assert pool.take(6) is None  # one is read
-    pool.release(pages[:1])
-    taken = pool.take(5)
-    assert pool.counters.evictions == 1
-    assert pages[1] in taken  # the end of a prefix goes first
-    pool.release(taken)
-    assert pool.find(SCOPE, tokens)[0] == pages[:1]
-
-
-def test_what_is_forgotten_is_not_found():
-    pool = PagePool(4, 2)
-    other = scope_digest("u", "base")
-    pool.release(kept(pool, [1, 2, 3]))
-    pool.release(kept(pool, [1, 2, 3], other))
-    assert pool.forget(SCOPE) == 1
-    assert pool.find(SCOPE, [1, 2, 3])[0] == []
-    assert len(pool.find(other, [1, 2, 3])[0]) == 1
-    assert pool.forget() == 1
-    assert pool.available == 3  # who reads a page keeps it
-
-
-def test_the_same_content_twice_is_known_once():
-    pool = PagePool(4, 2)
-    first, second = kept(pool, [1, 2]), kept(pool, [1, 2])
-    pool.release(second)
-    assert pool.find(SCOPE, [1, 2, 3])[0] == first
-    assert pool.available == 3
-
-
-def test_scopes_tell_apart_what_concatenation_would_not():
-    scopes = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "b", [("x", 1.0)]), ("a", "b", [("x", 0.5)])]
-    scopes += [("a", "b", [("x", 1.0), ("y", 1.0)]), ("a", "b", [("xy", 1.0)])]
-    assert len({scope_digest(*scope) for scope in scopes}) == len(scopes)
-    with pytest.raises(PopulationError):
-        PagePool(0, 8)

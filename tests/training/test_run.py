@@ -1,6 +1,7 @@
 """A queue of users through fewer slots: everyone is trained, as if alone, whatever stops the run in between."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.base import AdapterConfig
 from popax.data.pipeline import PipelineConfig, UserPipeline
+from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset
 from popax.errors import ConfigError, DataError, StorageError
@@ -123,18 +125,28 @@ def test_only_users_with_new_data_are_trained_again(base, pipeline_of, train_con
     assert latest.provenance["data"]["examples"] == 8
 
 
+TURNS_ENDED = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+
+
 def test_a_user_with_nothing_to_learn_from_gets_no_revision(base, train_config, tmp_path):
-    dataset = UserDataset.from_examples({"silent": ["", ""], "speaks": ["hello there"] * 4})
-    tokenizer = load_tokenizer("byte")
-    pipeline = UserPipeline(dataset, tokenizer, PipelineConfig(seq_len=16, batch_size=2))
-    empty = not len(pipeline.rows("silent", "past").tokens_BxT)
-    catalog, report = train(base, pipeline, train_config(slots=2), tmp_path)
+    """Nobody answers in this user's conversations, and so no token carries loss. Their seat is the next one's."""
+    load_tokenizer("byte").save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TURNS_ENDED}))
+    unanswered = Example(user="silent", messages=({"role": "user", "content": "hello?"},))
+    dataset = UserDataset.from_examples({"silent": [unanswered] * 3, "speaks": ["hello there"] * 4})
+    pipeline = UserPipeline(dataset, load_tokenizer(tmp_path), PipelineConfig(seq_len=16, batch_size=2))
+    assert len(pipeline.rows("silent", "past").tokens_BxT) == 0
+    catalog, report = train(base, pipeline, train_config(slots=1), tmp_path)
     assert report.finished
-    assert "speaks" in report.trained
-    assert catalog.exists("silent") != empty
-    assert (report.nothing_to_learn == ("silent",)) == empty
-    with pytest.raises(DataError, match="min_examples=9"):
-        train(base, pipeline, train_config(slots=2, min_examples=9), tmp_path / "none")
+    assert (report.trained, report.nothing_to_learn) == (("speaks",), ("silent",))
+    assert not catalog.exists("silent")
+    assert [manifest.metrics["steps"] for manifest in catalog.history("speaks")] == [6]
+
+
+def test_who_has_too_few_examples_is_left_out(base, pipeline_of, train_config, tmp_path):
+    with pytest.raises(DataError, match="min_examples=99"):
+        train(base, pipeline_of(2), train_config(slots=2, min_examples=99), tmp_path)
 
 
 @pytest.mark.slow
