@@ -174,7 +174,7 @@ class Catalog:
         return self._loader.latest(record)
 
     def load(self, user: str, revision: Which = None, *, base_digest: str | None = None) -> Loaded:
-        """One revision: a number, "latest" (the default), "promoted", or a tag; its leaves are views of one row [L, ...].
+        """One revision: a number, "latest" (the default), "promoted", or a tag; leaves are views of one row [L, ...].
 
         Raises RevisionNotFoundError; CorruptRevisionError where the bytes do not match their digest;
         BaseMismatchError where base_digest is given and the adapter was made for another base.

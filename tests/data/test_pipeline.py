@@ -1,6 +1,7 @@
 """Batches: pure in (user, seed, step), fair, split in time, resumable."""
 
 import collections
+import hashlib
 import threading
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popax.data.pipeline import PipelineConfig, UserPipeline, prefetch
+from popax.data.pipeline import PipelineConfig, UserPipeline, prefetch, user_seed
 from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset, split_past_future
@@ -103,6 +104,41 @@ def test_every_row_is_seen_once_before_any_is_seen_twice(dataset, batch_size):
     assert orders[0] != orders[1]  # a new order every epoch
 
 
+def rows_of(batch):
+    return [row.tobytes() for row in batch.targets_BxT]
+
+
+def order_by_hand(seed, user, epoch, length):
+    """What decides an order, so that a run can be repeated by whoever has the text: no part of it may change."""
+    own = hashlib.blake2b(f"{seed}/{user}".encode(), digest_size=4).digest()
+    return np.random.RandomState([int.from_bytes(own, "little"), epoch]).permutation(length).tolist()
+
+
+def test_a_users_order_is_a_permutation_by_seed_name_and_epoch():
+    texts = [f"{number:03d}" for number in range(8)]
+    pipeline = make(UserDataset.from_examples({"ada": texts, "bob": texts}), past_fraction=1.0, batch_size=1, seed=5)
+    for user in ("ada", "bob"):
+        rows = rows_of(pipeline.rows(user, "past"))
+        found = [rows.index(row) for step in range(2 * len(rows)) for row in rows_of(pipeline.batch(user, step))]
+        assert found == [index for epoch in (0, 1) for index in order_by_hand(5, user, epoch, len(rows))], (
+            "another order than the one that was written down"
+        )
+
+
+def test_two_users_with_the_same_text_and_one_user_with_two_seeds_have_orders_of_their_own():
+    texts = [f"{number:03d} " * 8 for number in range(40)]
+    dataset = UserDataset.from_examples({"ada": texts, "bob": texts})
+    orders = {
+        (user, seed): tuple(row for step in range(10) for row in rows_of(make(dataset, seed=seed).batch(user, step)))
+        for user in ("ada", "bob")
+        for seed in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert len({user_seed(user, seed) for user, seed in orders}) == 4
+    assert all(0 <= user_seed(f"user-{number}", 0) < 2**32 for number in range(100))
+    assert user_seed("1", 0) != user_seed("0", 1)
+
+
 def test_population_stacks_what_each_user_gets_alone(dataset):
     """Invariant 1, on the data's side: member i's batch is that of i alone."""
     pipeline = make(dataset)
@@ -150,6 +186,58 @@ def test_mixed_by_row_sees_every_row_once_an_epoch(dataset):
     mixed = pipeline.mixed(dataset.users(), by="row")
     assert sorted(mixed.batch(step).tokens_BxT[0].tobytes() for step in range(len(rows))) == rows
     assert collections.Counter(rows).most_common(1)[0][1] == 1
+
+
+def test_mixed_takes_everyone_by_turns_and_each_ones_rows_in_their_order(dataset):
+    pipeline = make(dataset, batch_size=5, seed=3)
+    mixed = pipeline.mixed(dataset.users())
+    rows = {user: rows_of(pipeline.rows(user, "past")) for user in mixed.users}
+    for turn in range(2 * max(map(len, rows.values()))):
+        users = [mixed.users[index] for index in order_by_hand(3, "", turn, 5)]
+        wanted = [
+            rows[user][order_by_hand(3, user, turn // len(rows[user]), len(rows[user]))[turn % len(rows[user])]]
+            for user in users
+        ]
+        assert rows_of(mixed.batch(turn)) == wanted
+
+
+def test_mixed_by_row_is_a_permutation_of_all_rows(dataset):
+    pipeline = make(dataset, batch_size=1, seed=3)
+    rows = [row for user in dataset.users() for row in rows_of(pipeline.rows(user, "past"))]
+    mixed = pipeline.mixed(dataset.users(), by="row")
+    found = [rows.index(row) for step in range(len(rows)) for row in rows_of(mixed.batch(step))]
+    assert found == order_by_hand(3, "", 0, len(rows))
+
+
+def test_what_is_asked_for_wrongly_is_named(dataset):
+    pipeline = make(dataset)
+    with pytest.raises(ConfigError, match="split='present': one of past, validation, future"):
+        pipeline.rows("a", "present")
+    with pytest.raises(ConfigError, match="by='day'"):
+        pipeline.mixed(["a"], by="day")
+    for wrong in ({"threads": 0}, {"buffer": 0}):
+        with pytest.raises(ConfigError, match="at least 1 each"):
+            prefetch(pipeline.mixed(["a"]).batch, num_steps=1, **wrong)
+    with pytest.raises(ValueError, match="zip"):
+        pipeline.population(["a", "b"], [0])
+
+
+def test_the_least_settings_there_are():
+    least = {"seq_len": 1, "batch_size": 1, "cached_users": 1, "past_fraction": 1.0, "validation_fraction": 0.0}
+    pipeline = UserPipeline(UserDataset.from_examples({"a": ["hi"]}), BYTE, PipelineConfig(**least))
+    assert pipeline.rows("a", "past").targets_BxT.tolist() == [[ord("h")], [ord("i")], [BYTE.eos_id]]
+    one_at_a_time = prefetch(lambda step: step, num_steps=3, threads=1, buffer=1)
+    assert list(one_at_a_time) == [0, 1, 2]
+    one_at_a_time.close()
+
+
+def test_documents_share_rows_where_that_is_asked_for():
+    dataset = UserDataset.from_examples({"a": ["one", "two"]})
+    lengths = [
+        len(make(dataset, past_fraction=1.0, validation_fraction=0.0, pack=pack).rows("a", "past").tokens_BxT)
+        for pack in (True, False)
+    ]
+    assert lengths == [1, 2]
 
 
 def test_users_without_a_past():
@@ -207,9 +295,11 @@ def test_prefetching_is_bounded():
     [
         ({"seq_len": 0}, "seq_len=0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"cached_users": 0}, "cached_users=0"),
         ({"past_fraction": 0.0}, "past_fraction=0.0"),
         ({"past_fraction": 1.1}, "past_fraction=1.1"),
         ({"validation_fraction": 1.0}, "validation_fraction=1.0"),
+        ({"validation_fraction": -0.1}, "validation_fraction=-0.1"),
     ],
 )
 def test_bad_configs_are_named(changes, message):

@@ -10,7 +10,7 @@ import collections
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.mutation.accepted import PLACE, Accepted, AcceptedError, check_accepted, read_accepted, reason_of
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_accepted(accepted, every, [])
         drawn = draw(every, options.count, options.seed)
         warm_up([*map(module_of, files), *(module_of(test) for file in files for test in SOURCES[file])])
-        _check_tests(files, options.workers)
-        found = _tried(drawn, options.workers)
+        found = _tried(drawn, _times(files, options.workers), options.workers)
         check_accepted(accepted, every, [mutant for mutant, outcome in found if outcome.killed])
     except (AcceptedError, TestsError) as error:
         print(error, file=sys.stderr)
@@ -62,15 +61,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _check_tests(files: Sequence[str], workers: int) -> None:
+def _times(files: Sequence[str], workers: int) -> dict[str, float]:
+    """What each file's tests take without a mutation. Raises TestsError where they fail."""
     jobs = [Job(module_of(file), ROOT / file, None, SOURCES[file]) for file in files]
-    for index, outcome in outcomes(jobs, workers):
+    found = {files[index]: outcome for index, outcome in outcomes(jobs, workers)}
+    for file, outcome in found.items():
         if outcome.killed:
-            raise TestsError(f"{files[index]}: its tests fail without a mutation: {outcome.by}")
+            raise TestsError(f"{file}: its tests fail without a mutation: {outcome.by}")
+    return {file: outcome.seconds for file, outcome in found.items()}
 
 
-def _tried(drawn: Sequence[Mutant], workers: int) -> list[tuple[Mutant, Outcome]]:
-    jobs = [Job(module_of(one.file), ROOT / one.file, one.make, SOURCES[one.file]) for one in drawn]
+def _tried(drawn: Sequence[Mutant], times: Mapping[str, float], workers: int) -> list[tuple[Mutant, Outcome]]:
+    jobs = [Job(module_of(one.file), ROOT / one.file, one.make, SOURCES[one.file], times[one.file]) for one in drawn]
     ended = dict(outcomes(jobs, workers))
     return [(mutant, ended[index]) for index, mutant in enumerate(drawn)]
 

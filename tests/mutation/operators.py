@@ -135,10 +135,13 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_setting(node: ast.stmt) -> bool:
+    """NAME = a constant, several of them, or what is called with nothing else."""
     if not isinstance(node, ast.Assign):
         return False
-    values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-    return all(isinstance(value, ast.Constant) for value in values)
+    match node.value:
+        case ast.Tuple(elts=values) | ast.Call(args=values, keywords=[]):
+            return all(isinstance(value, ast.Constant) for value in values)
+    return isinstance(node.value, ast.Constant)
 
 
 def _changes(node: ast.AST) -> Iterator[_Place]:

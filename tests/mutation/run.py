@@ -18,19 +18,20 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple
 
-# A mutant that loops for ever is one whose tests fail. Seconds of the processor, so that a busy machine kills nobody;
-# of the clock, many more, for one that waits for ever.
-CPU_SECONDS, WALL_SECONDS = 20, 120
+# A mutant that loops for ever is one whose tests fail: after so many times what its tests take, and some seconds more.
+# Seconds of the processor, so that a busy machine kills nobody; of the clock, many more, for one that waits for ever.
+TIMES, SECONDS_MORE, WALL_SECONDS = 3, 5, 120
 DATA_BYTES = 6 << 30  # and one that fills the memory
 
 
 class Job(NamedTuple):
-    """A module with the tree it is to have (None: its own), and the tests that tell."""
+    """A module with the tree it is to have (None: its own), the tests that tell, and how long those take."""
 
     module: str
     path: Path
     make: Callable[[], ast.Module] | None
     tests: tuple[str, ...]
+    seconds: float = 20.0
 
 
 class Outcome(NamedTuple):
@@ -105,7 +106,8 @@ def _fork(job: Job, place: Path) -> int:
         return pid
     code = 70  # what broke here is no test's failure
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        seconds = int(TIMES * job.seconds) + SECONDS_MORE
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         resource.setrlimit(resource.RLIMIT_DATA, (DATA_BYTES, DATA_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         output = os.open(place / "output", os.O_WRONLY | os.O_CREAT)

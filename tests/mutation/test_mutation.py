@@ -64,6 +64,7 @@ def test_an_operator_makes_just_these(operator, source, wanted):
     [
         "LIMIT = 16",
         "ONE, TWO = 1.0, 2.0",
+        "DAY = datetime.date(2025, 1, 1)",
         "'''Text of 1 < 2.'''",
         "import a",
         "raise Error(f'{a} < {b}')",
@@ -199,10 +200,9 @@ from tests.mutation.operators import mutants_of
 
 folder, wanted = Path(sys.argv[1]), sys.argv[2:]
 sys.path.insert(0, str(folder))
-run.CPU_SECONDS = 4
 path, tests = folder / "mutated_sample.py", (str(folder / "test_sample.py"),)
 made = {one.change: one.make for one in mutants_of(path.name, path.read_text())}
-ended = dict(run.outcomes([run.Job("mutated_sample", path, made[change], tests) for change in wanted], 2))
+ended = dict(run.outcomes([run.Job("mutated_sample", path, made[change], tests, 0.0) for change in wanted], 2))
 print(json.dumps([ended[index][:2] for index in range(len(wanted))]))
 """
 
