@@ -21,3 +21,9 @@ def known_flags(jaxlib: str) -> str:
 
 
 COMPILE_QUICKLY = known_flags(version("jaxlib"))
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+def with_flags(flags: str, more: str) -> str:
+    """Each flag once: a worker is started with what the first process has set, and other flags are other programs."""
+    return " ".join(dict.fromkeys([*flags.split(), *more.split()]))

@@ -1,24 +1,18 @@
 """Every test runs on CPU with 8 devices, strict dtypes and strict ranks."""
 
-import atexit
 import gc
 import os
-import shutil
-import tempfile
+import time
 from pathlib import Path
 
-from tests.compile_flags import COMPILE_QUICKLY
+from tests import compile_cache
+from tests.compile_flags import COMPILE_QUICKLY, EIGHT_DEVICES, with_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", COMPILE_QUICKLY]
-)
+os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), f"{EIGHT_DEVICES} {COMPILE_QUICKLY}")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing that a test needs is downloaded
-# Workers, and the processes that tests start, compile the same programs again and again: they share what one has made.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="popax-compiled-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Workers, and the processes that tests start, compile the same programs again and again, as the next run will.
+os.environ.update(compile_cache.settings(os.environ))
 
 import hypothesis
 import jax
@@ -31,6 +25,7 @@ hypothesis.settings.register_profile("popax", deadline=None)
 hypothesis.settings.load_profile("popax")
 
 
+STARTED = time.time()
 # Linux lets a process have 65,530 mappings, and every compiled program takes some: XLA crashes beyond.
 MANY_MAPPINGS = 30_000
 
@@ -47,3 +42,32 @@ def _programs_are_let_go():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    """How many kernel tests `-m 'not kernels'` has left out, of those that would have run without it."""
+    if items and "not kernels" in (config := items[0].config).getoption("markexpr"):
+        left = sum("kernels" in item.keywords and "slow" not in item.keywords for item in items)
+        config.stash[LEFT_OUT] = config.stash.get(LEFT_OUT, 0) + left
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = config.stash.get(LEFT_OUT, 0)
+    elif compile_cache.kept(os.environ):
+        compile_cache.tidy(compile_cache.root(), since=STARTED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Each worker collects everything: one's count is everyone's."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if left := terminalreporter.config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{left} kernel tests were left out: make test-kernels runs them, as CI does.")

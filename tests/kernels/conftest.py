@@ -1,6 +1,7 @@
 """What the kernels' tests share: operands, oracles in float64 and the error that a dtype may make."""
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+FOLDER = Path(__file__).parent
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
@@ -54,3 +56,11 @@ def lora_math():
     return SimpleNamespace(
         delta=oracle_delta, vjp=oracle_vjp, assert_close=assert_close, normal=normal, primitives=primitives
     )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Every test of this folder is marked; the hook is given all that are collected."""
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker("kernels")
