@@ -1,4 +1,5 @@
-# make setup | test | test-slow | mutants | demo | lint | types | docs | clean. Nothing is assumed but Python >= 3.11 with its venv module.
+# make setup | test | test-kernels | test-slow | test-times | mutants | demo | lint | types | docs | clean.
+# Nothing is assumed but Python >= 3.11 with its venv module.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,12 +11,15 @@ CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
 PYTHON ?= $(shell for name in $(CANDIDATES); do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 
-.PHONY: help setup test test-slow mutants demo lint format types docs clean
+.PHONY: help setup test test-kernels test-slow test-times accept-kernels mutants demo lint format types docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make setup   a virtual environment in $(VENV) with popax and its development tools'
-	@echo 'make test    the test suite (ARGS= goes to pytest); make test-slow: what takes more than ten seconds each'
+	@echo 'make test    the test suite (ARGS= goes to pytest), without the kernels and without what takes over ten seconds'
+	@echo '             make test-kernels: the kernels; make test-slow: what takes longer, of both'
+	@echo '             make test-times: CPU seconds by file, of the suite and the kernels'
+	@echo '             make accept-kernels: every shape through the TPU compiler for every kind of TPU'
 	@echo 'make mutants do the tests see mistakes? (ARGS= goes to python -m tests.mutation)'
 	@echo 'make demo    the demonstration (ARGS= goes to popax demo)'
 	@echo 'make lint    ruff; make format rewrites; make types runs pyright'
@@ -24,11 +28,23 @@ help:
 
 setup: $(VENV)/.installed-dev
 
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' $(ARGS)
+	$(PYTEST) -m 'not slow and not kernels' $(ARGS)
+
+test-kernels: $(VENV)/.installed-dev
+	$(PYTEST) -m 'kernels and not slow' $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'slow and not aot and not parity' $(ARGS)
+	$(PYTEST) -m 'slow and not aot and not parity' $(ARGS)
+
+test-times: $(VENV)/.installed-dev
+	$(PYTEST) -p tests.cpu_times -m 'not slow' $(ARGS)
+
+accept-kernels: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet -e '.[aot]'
+	POPAX_EVERY_SHAPE=1 $(PYTEST) -m aot tests/kernels $(ARGS)
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutation $(ARGS)
@@ -52,7 +68,7 @@ docs: $(VENV)/.installed-docs
 	@echo 'docs/_build/html/index.html'
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-newest build dist docs/_build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,7 +1,13 @@
-"""Every kernel at every named shape through the real TPU compiler, for five kinds of TPU that are not attached."""
+"""Every kernel at every named shape through the real TPU compiler, for five kinds of TPU that are not attached.
+
+A shape is compiled for one kind, the next one of its rank for the next kind; `make accept-kernels` compiles every shape
+for every kind, which takes a core the better part of an hour.
+"""
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -17,21 +23,47 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'popax[aot]'"
     ),
 ]
+EVERY = "POPAX_EVERY_SHAPE" in os.environ
+# Of these the floors are compared, on every kind.
+GROWING = {
+    "indexed_lora.decode": "qwen3_8b_q_256_in_{distinct}_of_{slots}_r16",
+    "indexed_lora.grouped": "qwen3_8b_q_proj_8192_over_{slots}_r16",
+    "indexed_lora.grouped_backward": "qwen3_8b_q_proj_8192_over_{slots}_r16",
+}
 # Why a kernel may leave a shape to XLA; any other reason fails.
 REASONS = ("rank 1", "bytes of VMEM", "a matrix gathered for every row", "g would be copied into whole lanes")
 # On the kind with 16 MiB of vector memory the widest backward sums stay with XLA.
 MOST_SKIPPED = 0.12
 
 
+def _chosen(topology):
+    """The names of the shapes that are compiled for a kind."""
+    own = TOPOLOGIES.index(topology)
+    every = [spec.name for op in OPS for spec in op.specs]
+    by_rank = [sorted(op.specs, key=lambda spec: getattr(spec, "rank", 0)) for op in OPS]
+    dealt = [spec.name for specs in by_rank for spec in specs[own :: len(TOPOLOGIES)]]
+    first = [op.specs[0].name for op in OPS]  # an op of few shapes is on every kind too
+    growing = [name.format(distinct=min(slots, 256), slots=slots) for name in GROWING.values() for slots in (8, 4096)]
+    return set(every if EVERY else [*dealt, *first, *growing])
+
+
+def test_each_shape_is_dealt_to_a_kind():
+    assert set().union(*map(_chosen, TOPOLOGIES)) == {spec.name for op in OPS for spec in op.specs}
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_op_and_spec(topology, tmp_path):
     """One test a topology, since its report is what takes the time: compiled or skipped for a reason, memory, slots."""
-    path = tmp_path / "report.json"
+    path, chosen = tmp_path / "report.json", _chosen(topology)
     command = [sys.executable, "-m", "popax.bench.kernels", "--topology", topology, "--json", str(path)]
-    done = subprocess.run([*command, "--implementations", "pallas"], capture_output=True, text=True, timeout=2400)
+    command += ["--implementations", "pallas", "--specs", f"^({'|'.join(map(re.escape, sorted(chosen)))})$"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(path.read_text())["rows"]
-    assert {row["op"] for row in rows} == {op.name for op in OPS if "pallas_tpu" in op.implementations}
+    ops = [op for op in OPS if "pallas_tpu" in op.implementations]
+    wanted = {(op.name, spec.name) for op in ops for spec in op.specs if spec.name in chosen}
+    assert {(row["op"], row["spec"]) for row in rows} == wanted
+    assert {op for op, _ in wanted} == {op.name for op in ops}
 
     assert [row for row in rows if "failed" in row] == []
     skipped = [row for row in rows if "skipped" in row]
@@ -56,11 +88,7 @@ def _grown_with_slots(rows):
     The pool's own gradient, which JAX wants whole, is what grows in the backward: its bytes are in the floor.
     """
     grown = []
-    for op, name in (
-        ("indexed_lora.decode", "qwen3_8b_q_256_in_{distinct}_of_{slots}_r16"),
-        ("indexed_lora.grouped", "qwen3_8b_q_proj_8192_over_{slots}_r16"),
-        ("indexed_lora.grouped_backward", "qwen3_8b_q_proj_8192_over_{slots}_r16"),
-    ):
+    for op, name in GROWING.items():
         names = [name.format(distinct=min(slots, 256), slots=slots) for slots in (8, 4096)]
         few, many = ({row["spec"]: row for row in rows if row["op"] == op}[each] for each in names)
         results = many["floor_bytes"] - few["floor_bytes"] if op.endswith("backward") else 0
