@@ -5,12 +5,14 @@ The one place where tests name a flag that not every supported jaxlib knows: XLA
 
 from importlib.metadata import version
 
-# Tests compile far more than they run: less optimisation, and no emitters of fusions, make them take a third of their
-# time, and change no result they assert. Beside each flag the jaxlib from which on XLA no longer knows it.
+# Tests compile far more than they run: less optimisation, no emitters of fusions, and no program split into parts that
+# are compiled apart (small ones cost more so) make them take a quarter of their time, and change no result they assert.
+# Beside each flag the jaxlib from which on XLA no longer knows it.
 QUICKLY = {
     "--xla_backend_optimization_level=0": None,
     "--xla_llvm_disable_expensive_passes=true": None,
     "--xla_cpu_use_fusion_emitters=false": (0, 11, 1),
+    "--xla_cpu_parallel_codegen_split_count=1": None,
 }
 
 
