@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from popax.adapters.base import AdapterConfig
+from popax.adapters.base import ALL_LINEAR, AdapterConfig
+from popax.adapters.table import METHODS
 from popax.data.pipeline import PipelineConfig, UserPipeline
 from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
@@ -17,6 +18,7 @@ from popax.errors import ConfigError, DataError, StorageError
 from popax.population.optimizer import adamw
 from popax.store.catalog import Catalog
 from popax.training.run import train_population
+from tests.training.conftest import SOME_SITES
 
 
 def contents(catalog: Catalog) -> dict[str, list[tuple]]:
@@ -34,12 +36,17 @@ def train(base, pipeline, config, place, **options):
     )
 
 
-# The step is every method's in tests/population; a run adds the catalog, and what a row of each form asks of it.
-@pytest.mark.parametrize("method", ["lora", "dora", "lora_xs", "tiny_lora", "reft", "prompt", "delta_mem"])
+# The step is every method's in tests/population; a run adds the catalog, and what a row of each form asks of it. The
+# plain one, the one tied over sites and the one of no linear map are the quick ones.
+SLOW_FORMS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "lora_xs", "reft", "delta_mem")]
+
+
+@pytest.mark.parametrize("method", ["lora", "tiny_lora", "prompt", *SLOW_FORMS])
 def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_path, method):
     pipeline = pipeline_of(7)
     # Where a gradient is rounding alone, eps = 1e-8 makes a step of the learning rate of it.
-    adapter, optimizer = AdapterConfig(method=method, rank=2, init="default"), adamw(eps=1e-6)
+    targets = SOME_SITES if METHODS[method].kind == "linear" else ALL_LINEAR  # which stands for all of another kind
+    adapter, optimizer = AdapterConfig(method=method, rank=2, init="default", targets=targets), adamw(eps=1e-6)
     config = train_config(adapter=adapter, optimizer=optimizer, slots=3)
     together, report = train(base, pipeline, config, tmp_path / "together")
     assert report.finished
