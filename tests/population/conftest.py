@@ -17,7 +17,9 @@ from popax.types import Batch
 USERS = 4
 # Three of the seven maps, all of other widths: a step treats a site like any other, and tracing takes its time by site.
 SOME_SITES = r"layers\..*(q_proj|v_proj|down_proj)"
-EVERY_SITE = r"layers\..*_proj"
+# Rank 3 in layer 0 and 2 elsewhere: padded columns exist in every test.
+OTHER_RANK = TargetRule(pattern=r"layers\.0\..*q_proj", rank=3)
+EVERY_SITE = (OTHER_RANK, TargetRule(pattern=r"layers\..*_proj"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,8 @@ class Bench:
     params: dict
 
     def cohort(self, method: str, **changes) -> Cohort:
-        # Rank 3 in layer 0 and 2 elsewhere: padded columns exist in every test.
         targets = {
-            "linear": (TargetRule(pattern=r"layers\.0\..*q_proj", rank=3), TargetRule(pattern=SOME_SITES)),
+            "linear": (OTHER_RANK, TargetRule(pattern=SOME_SITES)),
             "hidden": (TargetRule(pattern=r"layers\.0\.out", rank=3), TargetRule(pattern=r"layers\.out")),
             "embedding": (TargetRule(pattern="embed"),),
         }[METHODS[method].kind]

@@ -26,7 +26,8 @@ def _population(bench, method, **settings):
     cohort = bench.cohort(method)
     own = hparams(learning_rate=3e-2, max_steps=50)._replace(**{k: jnp.asarray(v) for k, v in settings.items()})
     keys = jax.random.split(jax.random.key(1), USERS)
-    return cohort, bench.shared(cohort), init_population(cohort, adamw(), keys, own)
+    state = jax.jit(lambda keys, own: init_population(cohort, adamw(), keys, own))(keys, own)
+    return cohort, bench.shared(cohort), state
 
 
 @pytest.mark.parametrize("method", SHRINKING)
@@ -87,6 +88,7 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
     adapt = bind(cohort, member(trained, 0).adapters, shared)
     _, sums = objective(bench.params, adapt, batch)
 
+    @jax.jit
     def logps(adapt):
         x = (
             bench.model.batch_hidden(bench.params, batch, adapt=adapt)
@@ -94,9 +96,9 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
             else bench.model.batch_hidden(bench.params, batch)
         )
         logits = bench.model.logits(bench.params, x, adapt) if adapt else bench.model.logits(bench.params, x)
-        return np.asarray(jax.nn.log_softmax(logits), np.float64)
+        return jax.nn.log_softmax(logits)
 
-    own, base = logps(adapt), logps(None)
+    own, base = (np.asarray(logps(each), np.float64) for each in (adapt, None))
     want = np.sum(np.exp(own) * (own - base), axis=-1) * np.asarray(batch.weights_BxT)
     np.testing.assert_allclose(sums.kl, want.sum(), rtol=1e-3)
     assert float(sums.kl) > 1e-4

@@ -15,6 +15,7 @@ from popax.objectives.entropy import entropy
 from popax.objectives.sft import sft
 from popax.population.mixing import CEMConfig, Experts, generation, gradient_step, mixed, side_by_side, start
 from popax.trees import member
+from tests.population.conftest import EVERY_SITE
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,17 @@ def parts(bench):
                 adapter[spec.info.name][name] = jnp.where(mask, leaf, fresh[spec.info.name][name])
         return Part(cohort, adapter, bench.shared(cohort))
 
-    return [loud("lora", 1), loud("lora", 2, rank=1, targets=(r"layers\..*q_proj", "lm_head")), loud("lora_xs", 3)]
+    own = (r"layers\..*q_proj", "lm_head")
+    everywhere = {"targets": EVERY_SITE}
+    return [loud("lora", 1, **everywhere), loud("lora", 2, rank=1, targets=own), loud("lora_xs", 3, **everywhere)]
 
 
 def outputs(bench, cohort, adapter, shared, batch):
-    adapt = bind(cohort, adapter, shared)
-    return bench.model.logits(bench.params, bench.model.batch_hidden(bench.params, batch, adapt=adapt), adapt)
+    def run(adapter, shared, batch):
+        adapt = bind(cohort, adapter, shared)
+        return bench.model.logits(bench.params, bench.model.batch_hidden(bench.params, batch, adapt=adapt), adapt)
+
+    return jax.jit(run)(adapter, shared, batch)
 
 
 def test_equal_coefficients_at_all_layers_are_the_sum(bench, random_batch, parts):
