@@ -106,6 +106,7 @@ VISITS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(visits=VISITS)
 def test_whoever_comes_and_goes_everybody_gets_their_own(world, tight, expected, visits):
@@ -308,6 +309,7 @@ def test_the_queue_is_bounded_and_closing_is_orderly(world):
     engine.rooms.close()
 
 
+@pytest.mark.slow
 def test_rows_that_wait_are_bounded_and_everybody_is_answered(world):
     """Sixty users at once with room for the rows of very few: the others' are read when their turn comes."""
     shapes = EngineShapes(rows=(4,), groups=2, width=8, context=64, contexts=(), page=8)

@@ -58,6 +58,7 @@ def test_a_base_over_a_mesh(small):
         rooms.close()
 
 
+@pytest.mark.slow
 def test_an_int8_base(small, tmp_path):
     """Weights only: what `generate` says of the rounded base."""
     save_base(tmp_path / "base", small.base)
@@ -73,7 +74,7 @@ def test_an_int8_base(small, tmp_path):
         engine.rooms.close()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_other_families_without_adapters(small, family):
     """Mixtures of experts, latent attention and its pages."""
     model = Model(CONFIGS[family])
