@@ -37,6 +37,7 @@ def random_change(seed, rank, d_in=12, d_out=9):
     return Factored(jax.random.normal(a, (rank, d_in)), jax.random.normal(b, (rank, d_out)))
 
 
+@pytest.mark.slow
 def test_cat_is_the_true_sum_over_methods_and_ranks(toy):
     """Two ranks of lora and every other method that adds, at other sites each: what they do to x adds, within 1e-6."""
     parts = [part(toy, "lora", 0, 0.7), part(toy, "lora", 1, -0.4, rank=2, targets=("layers.attn.*",))]

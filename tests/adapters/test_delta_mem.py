@@ -238,6 +238,7 @@ def test_what_cannot_be_remembered_is_refused(reader):
     assert reader.cohort.starts_at_base
 
 
+@pytest.mark.slow
 def test_two_stacks_with_latents_and_ranks_of_their_own():
     """Latent attention's cache; dense layers before routed ones, each layer with its own part of the memory."""
     model = Model(CONFIGS["deepseek"])
