@@ -65,12 +65,13 @@ def continued(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
 
 
 def _widened(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Each leaf in the dtype that is wanted, where that has all of its values."""
+    """float16 and bfloat16 leaves in float32, where that is wanted."""
 
     def at(name: str, leaf: Any) -> Any:
-        own = wanted[name].dtype if name in wanted else leaf.dtype
-        wider = own != leaf.dtype and jnp.promote_types(own, leaf.dtype) == own
-        return leaf.astype(own) if wider and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        if name not in wanted or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        own = wanted[name].dtype
+        return leaf.astype(own) if own == jnp.float32 and leaf.dtype.itemsize < own.itemsize else leaf
 
     return {name: at(name, leaf) for name, leaf in found.items()}
 

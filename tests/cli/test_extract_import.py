@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
@@ -112,3 +113,17 @@ def test_extract_wakes_no_accelerator(world, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] in ("[]", "['cpu']")
+
+
+def test_a_directory_of_nan_is_not_imported(world, tmp_path, capsys):
+    base, catalog, _ = world
+    peft, into = tmp_path / "peft", tmp_path / "into"
+    assert main(["extract", catalog, "ada", str(peft)]) == 0
+    tensors = safetensors.numpy.load_file(peft / "adapter_model.safetensors")
+    first = sorted(tensors)[0]
+    tensors[first] = np.full_like(tensors[first], np.nan)
+    safetensors.numpy.save_file(tensors, peft / "adapter_model.safetensors")
+    capsys.readouterr()
+    assert main(["import", str(into), "bob", str(peft), "--base", base]) == 2
+    assert "user 'bob': leaf 'layers." in capsys.readouterr().err
+    assert not Catalog.open(into).exists("bob")

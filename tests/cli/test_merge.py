@@ -89,3 +89,10 @@ def test_what_no_weight_holds_is_refused(world, tmp_path, capsys, method, target
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_would_overflow_are_not_written(world, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", world.catalog, "1e39*u00", "--base", world.base, "--out", str(out)]) == 2
+    assert "would hold what is not a finite number in float32" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,4 +1,4 @@
-"""Adapters that are stored in few bits learn as those of float32 do, and nothing that is not finite is ever accepted."""
+"""Adapters that are stored in few bits learn as those of float32 do, and nothing that is not finite is accepted."""
 
 import functools
 
@@ -16,6 +16,12 @@ from popax.population.step import member_step, population_loss, population_step
 from popax.trees import member
 
 DTYPES = ("float16", "bfloat16", "float32")
+
+
+@pytest.fixture(autouse=True)
+def _as_commands_run():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def population(bench, dtype, *, users=1, optimizer=None, method="lora", **settings):
@@ -111,8 +117,8 @@ def test_rounding_is_the_dtypes_own(dtype):
 @pytest.mark.parametrize(
     ("dtype", "gradient", "optimizer", "settings"),
     [
-        ("float32", 1e30, sgd(), {"learning_rate": 1e30}),  # the update overflows, the gradient does not
-        ("float32", 1e25, adamw(), {}),  # its square does
+        ("float32", 1e15, sgd(), {"learning_rate": 1e30}),  # the update overflows, the gradient does not
+        ("float32", 0.0, adamw(eps=0.0), {}),  # 0 / 0
         ("float16", 1.0, sgd(), {"learning_rate": 1e5}),  # the adapter does, once it is stored
     ],
 )
@@ -140,9 +146,8 @@ def test_an_optimizer_may_keep_an_infinity_of_its_own(bench, random_batch):
         return optax.chain(optax.GradientTransformation(start, lambda u, s, p=None: (u, s)), optax.sgd(rate))
 
     cohort, state = population(bench, "float32", optimizer=patient)
-    after, metrics = jax.jit(population_step(cohort, sft(bench.model), patient, constant()))(
-        bench.params, {}, state, random_batch(1)
-    )
+    step = jax.jit(population_step(cohort, sft(bench.model), patient, constant()))
+    _, metrics = step(bench.params, {}, state, random_batch(1))
     assert bool(metrics.ran[0])
 
 

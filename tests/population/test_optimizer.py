@@ -51,7 +51,7 @@ def test_a_cosine_reaches_the_rate_and_falls_towards_its_floor(warm, floor, tota
 
 
 def test_the_published_cosine():
-    """Half a cosine over the steps after the warm-up (arXiv 1608.03983, eq. 5), whose end is one step after the last."""
+    """Half a cosine over the steps after the warm-up (arXiv 1608.03983, eq. 5); its end is one step after the last."""
     found = factors(warmup_cosine(warmup_fraction=0.25, floor=0.2), 8)
     after = np.arange(6) / 6
     np.testing.assert_allclose(found[:2], [0.5, 1.0], rtol=1e-6)
