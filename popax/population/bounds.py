@@ -40,7 +40,8 @@ def within_budget(
 ) -> AdapterState:
     """One user's adapter, shrunk to `budget` where its norm is larger, else its own bits.
 
-    The norm: "frobenius", of all sites' changes together; "spectral", the largest singular value of any.
+    The norm: "frobenius", of all sites' changes together; "spectral", the largest singular value of any. It is that of
+    the float32 masters: rounding to a narrower stored dtype is beside it.
     """
     norm = total_norm(cohort, adapter, shared, kind)
     factor = jnp.where(norm > budget, budget / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny), 1.0)

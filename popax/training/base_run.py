@@ -13,15 +13,16 @@ from popax.data.pipeline import PipelineConfig, UserPipeline
 from popax.data.places import Refused
 from popax.data.tokenize import Tokenizer, load_tokenizer
 from popax.data.users import UserDataset
-from popax.errors import DataError
+from popax.errors import ConfigError, DataError
 from popax.evaluation.columns import row_chunks
 from popax.modeling.base import new_base, save_base
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
 from popax.objectives.sft import sft
+from popax.population.described import described
 from popax.training.inputs import check_fits, make_tokenizer, save_once, texts_of
 from popax.training.news import DataIdentity
-from popax.training.pretrain import PretrainConfig, PretrainHooks, pretrain
+from popax.training.pretrain import PretrainConfig, PretrainHooks, pretrain, schedule
 from popax.training.record import RunRecord
 from popax.types import NO_ADAPT, Params
 
@@ -67,11 +68,13 @@ def pretrain_base(
         "users": len(users),
         "examples": sum(map(dataset.num_examples, users)),
         "text": DataIdentity.of(dataset, users).digest,
+        "schedule": described(schedule(config)),
     }
     if (record := RunRecord.read(directory)) is None:
         RunRecord.new(settings, []).write(directory)
     else:
         record.check_settings(settings, directory)
+        _refuse_older(record, directory)
     chosen = _tokenizer(tokenizer, dataset, users, directory / "tokenizer")
     check_fits(model, chosen, pipeline_config.seq_len)
     pipeline = UserPipeline(grouped, chosen, pipeline_config)
@@ -88,6 +91,15 @@ def pretrain_base(
         users=len(users),
         held_out=held_out(model, params, pipeline) if finished else math.nan,
     )
+
+
+def _refuse_older(record: RunRecord, directory: Path) -> None:
+    """Raises ConfigError where an older popax stopped, whose steps had other rates; a base that it made stays."""
+    if "schedule" not in record.settings and not (directory / "base").exists():
+        raise ConfigError(
+            f"{directory} holds run {record.run} that an older popax stopped, with another schedule than this one's: "
+            "let that version finish it, or choose another directory"
+        )
 
 
 def group_users(dataset: UserDataset, users: Sequence[str], examples: int = GROUP_EXAMPLES) -> UserDataset:

@@ -99,3 +99,17 @@ def test_a_key_without_value_is_named(world, tmp_path, capsys):
     arguments[arguments.index(world.tiny)] = str(tmp_path / "less.gin")
     assert main(arguments) == 2
     assert "ModelConfig.embed_dim has no value" in capsys.readouterr().err
+
+
+def test_a_run_recorded_without_its_schedule_is_gone_on_from_only_where_it_is_finished(world, tmp_path, capsys):
+    """As commit 5570f37 wrote run.json: a base that is made stays what it is, a run that stopped had other rates."""
+    command = world.pretrain(tmp_path, "--gin_param", "PretrainConfig.steps=3")
+    assert main(command) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"].pop("schedule")["name"] == "warmup_cosine_factor"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert main(command) == 0
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "that an older popax stopped" in capsys.readouterr().err
