@@ -35,7 +35,7 @@ def _default_device() -> Any:
 def platform() -> str:
     """ "tpu", "cuda", "rocm" or "cpu"."""
     device = _ambient()
-    if device is not None and getattr(device, "platform", None):
+    if device is not None:
         name = device.platform
     elif isinstance(default := _default_device(), str):
         name = default.split(":")[0]
