@@ -205,7 +205,8 @@ def _open(args: argparse.Namespace, door: GinDoor, mesh: "Mesh | None") -> "Sess
     check_fits(base.model, tokenizer, data.seq_len)
     for adapter in [rule.adapter for rule in config.cohorts] or [config.adapter]:
         if adapter is not None:
-            Cohort.of(adapter, base.model.sites())
+            virtual = Cohort.of(adapter, base.model.sites()).virtual_tokens
+            check_fits(base.model, tokenizer, data.seq_len, virtual)
     keys = {"signer": signer_of(args), "trusted": trust_of(args)}
     first = ProcessGroup.current().leader_first
     dataset = first(
