@@ -38,7 +38,8 @@ def test_warmup_constant_climbs_by_equal_steps_to_one_and_stays():
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_without_a_warmup_the_first_step_has_the_whole_rate(warmup_steps):
-    assert factors(warmup_constant(warmup_steps=warmup_steps), [0, 1], 9).tolist() == [1.0, 1.0]
+    with jax.debug_infs(True):  # and nothing is divided by 0 on the way
+        assert factors(warmup_constant(warmup_steps=warmup_steps), [0, 1], 9).tolist() == [1.0, 1.0]
 
 
 def test_warmup_cosine_climbs_by_equal_steps_over_its_fraction():
@@ -66,6 +67,7 @@ def test_warmup_cosine_only_falls_after_the_warmup_and_stays_between_one_and_its
 def test_all_warmup_ends_at_one():
     found = factors(warmup_cosine(warmup_fraction=1.0), [0, 4, 8], 10)
     np.testing.assert_allclose(found, [0.1, 0.5, 0.9], rtol=1e-6)
+    assert factors(warmup_cosine(warmup_fraction=1.0), [0], 1).tolist() == [1.0]
 
 
 def test_a_slot_without_steps_has_a_finite_factor():
@@ -98,7 +100,7 @@ def adam_by_hand(b1, b2, eps, decay, steps=2):
     return theta
 
 
-def lion_by_hand(b1, b2, decay, steps=2):
+def lion_by_hand(b1, b2, decay, steps):
     """Algorithm 2 of arXiv 2302.06675."""
     theta, m = START, 0.0
     for sign in [*[1.0] * steps, -1.0]:
@@ -115,12 +117,12 @@ def test_adamw_is_the_published_one_with_its_own_settings(settings):
     np.testing.assert_allclose(after(own), adam_by_hand(*settings), rtol=1e-5)
 
 
-# b1 is felt where the momentum and the last gradient differ in sign, b2 where it has been kept for long.
-@pytest.mark.parametrize(("settings", "steps"), [((0.2, 0.9, 0.0), 4), ((0.9, 0.99, 0.25), 4), ((0.6, 0.5, 0.1), 1)])
-def test_lion_is_the_published_one_with_its_own_settings(settings, steps):
+# The last gradient is against the others: b1 says how much it weighs beside them, b2 how much of them is still known.
+@pytest.mark.parametrize("settings", [(0.9, 0.99, 0.0), (0.9, 0.5, 0.25), (0.2, 0.5, 0.0)])
+def test_lion_is_the_published_one_with_its_own_settings(settings):
     b1, b2, decay = settings
-    found = after(lion(b1=b1, b2=b2, weight_decay=decay), steps)
-    np.testing.assert_allclose(found, lion_by_hand(*settings, steps), rtol=1e-5)
+    found = after(lion(b1=b1, b2=b2, weight_decay=decay), steps=4)
+    np.testing.assert_allclose(found, lion_by_hand(*settings, steps=4), rtol=1e-5)
 
 
 def test_sgd_has_the_momentum_it_is_given():
