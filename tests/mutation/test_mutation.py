@@ -32,7 +32,7 @@ def changes(source, operator=None):
         ("comparison turned", "y = a in b", ["y = a not in b"]),
         ("comparison turned", "y = not a", ["y = a"]),
         ("off by one", "y = a + 1", ["y = a + 2", "y = a + 0"]),
-        ("off by one", "y = f(0)", ["y = f(1)"]),
+        ("off by one", "y = f(a, 0)", ["y = f(a, 1)"]),
         ("off by one", "y = a[b:c]", ["y = a[b + 1:c]", "y = a[b:c + 1]"]),
         ("off by one", "y = range(n)", ["y = range(n + 1)"]),
         ("argument dropped", "y = f(x, a=1.0, b=z)", ["y = f(x, b=z)", "y = f(x, a=1.0)"]),

@@ -232,7 +232,7 @@ def test_a_known_prefix_is_read_and_not_charged_but_where_its_probabilities_are_
     bench.step()
     again, asked = bench.add("b", tokens=tokens), bench.add("c", tokens=tokens, prompt_logps=True)
     plan = bench.scheduler.plan(2.0)
-    assert again.pages[:2] == [0, 1]
+    assert (again.pages[:2], len(again.pages)) == ([0, 1], 3)
     assert not set(asked.pages) & {0, 1}
     assert [part for part in plan.parts if part.answer is again] == [Part(again, 8, 3)]
     assert [(part.start, part.count) for part in plan.parts if part.answer is asked] == [(0, 8), (8, 3)]
@@ -416,11 +416,11 @@ def test_a_finished_step_names_full_pages_and_says_who_has_a_token():
 
 def test_a_step_further_names_the_next_page_behind_the_first():
     bench = Bench()
-    answer = bench.add(length=9)
-    answer.pages = bench.pages.take(3)
-    for start, count in ((0, 4), (4, 4)):
+    answer = bench.add(length=13)
+    answer.pages = bench.pages.take(4)
+    for start, count in ((0, 4), (4, 4), (8, 4)):
         finished_step(Plan([], [Part(answer, start, count)]), 8, bench.pages, Charged())
-    assert bench.pages.find(b"scope", answer.tokens)[0] == answer.pages[:2]
+    assert bench.pages.find(b"scope", answer.tokens)[0] == answer.pages[:3]
 
 
 def test_who_is_beyond_their_deadline_is_over_whether_they_run_or_wait(monkeypatch):
