@@ -1,7 +1,7 @@
 """The files that are mutated, each a decision that is computed without a device, and the tests that belong to them."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
-    "popax/population/optimizer.py": ("tests/population/test_schedule.py",),
+    "popax/population/optimizer.py": ("tests/population/test_schedule.py", "tests/population/test_optimizer.py"),
     "popax/population/early_stop.py": ("tests/population/test_early_stop.py",),
     "popax/population/bounds.py": ("tests/population/test_budgets.py",),
     "popax/data/packing.py": ("tests/data/test_packing.py",),
