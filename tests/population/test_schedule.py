@@ -59,7 +59,8 @@ def test_warmup_cosine_is_half_a_cosine_from_one_to_its_floor(fraction, floor):
 def test_warmup_cosine_only_falls_after_the_warmup_and_stays_between_one_and_its_floor():
     found = factors(warmup_cosine(warmup_fraction=0.1, floor=0.3), range(50), 50)
     assert found.argmax() == 4
-    assert np.all(np.diff(found[4:]) < 0)
+    assert found[5] == found[4]  # the cosine begins where the warm-up has ended
+    assert np.all(np.diff(found[5:]) < 0)
     assert found.max() == pytest.approx(1.0)
     assert np.all(found[4:] >= 0.3 - 1e-6)
 

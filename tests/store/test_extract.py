@@ -47,7 +47,7 @@ def _sites(layers, width):
 
 
 def _population(rng, users, layers, width, rank=8):
-    leaf = lambda: rng.integers(0, 1 << 32, (users, layers, rank, width), np.uint32).view(np.float32)  # noqa: E731
+    leaf = lambda: rng.standard_normal((users, layers, rank, width), np.float32)  # noqa: E731
     return {site: {"a": leaf(), "b": leaf()} for site in _sites(layers, width)}
 
 
