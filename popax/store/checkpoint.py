@@ -137,7 +137,9 @@ class CheckpointStore:
         if step is None or step not in self._manager.all_steps():
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has steps {self.steps()}")
         with _named_errors(self._directory):
-            description = self._description(step)
+            description = self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[
+                RECORD
+            ]
         wanted: dict[str, dict[str, Any]] = {
             ADAPTERS: dict.fromkeys(description[ADAPTERS]) if adapters is None else flatten_named(adapters),
             TRAIN_STATE: dict.fromkeys(description[TRAIN_STATE]) if train_state is None else named_leaves(train_state),
@@ -149,14 +151,6 @@ class CheckpointStore:
         flat = {name: as_key(leaf, description[TRAIN_STATE][name]) for name, leaf in found[TRAIN_STATE].items()}
         state = flat if train_state is None else jax.tree.unflatten(jax.tree.structure(train_state), flat.values())
         return Restored(step, unflatten_named(found[ADAPTERS]), state, description["record"])
-
-    def record(self, step: int) -> dict[str, Any]:
-        """The record that was saved with a step; no array is read. Raises CheckpointError where it cannot be read."""
-        with _named_errors(self._directory):
-            return self._description(step)["record"]
-
-    def _description(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))[RECORD]
 
     def latest(self) -> int | None:
         """The newest finished step, None where there is none."""
@@ -203,6 +197,25 @@ class CheckpointStore:
         unfinished = path.parent / f"{path.name}.tmp"
         unfinished.write_bytes(row.tobytes())
         unfinished.rename(path)
+
+
+def latest_record(directory: str | os.PathLike) -> tuple[int, dict[str, Any]] | None:
+    """(step, record) of the newest finished step, None where there is none.
+
+    By this process alone: Orbax's own manager waits for all processes of a program whenever it is opened. Raises
+    CheckpointError where the record cannot be read.
+    """
+    place = absolute(directory)
+    if not place.exists():
+        return None
+    steps = [
+        int(path.name) for path in place.iterdir() if path.name.isdigit() and not ocp.utils.is_tmp_checkpoint(path)
+    ]
+    if not steps:
+        return None
+    with _named_errors(place):
+        file = place / str(max(steps)) / RECORD / RECORD_FILE
+        return max(steps), json.loads(file.read_text())["record"]
 
 
 def absolute(directory: str | os.PathLike) -> epath.Path:

@@ -1,6 +1,5 @@
 """Rounds of a run's directory: a new one, one that was stopped and is resumed, or the next one with what is new."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 from popax.errors import ConfigError
 from popax.population.slots import SlotTable
 from popax.store.catalog import Catalog
-from popax.store.checkpoint import CheckpointStore
+from popax.store.checkpoint import latest_record
 from popax.training.news import DataIdentity, latest_manifests, revision_of
 from popax.training.record import CHECKPOINTS, CLOSE, RunRecord, discard_checkpoints
 
@@ -104,12 +103,9 @@ def _next(directory: Path, identity: Identity, queue: list[str], before: RunReco
 
 def standing_of(directory: Path) -> Standing | None:
     """Of the latest checkpoint in a run's directory; None where there is none."""
-    if not (directory / CHECKPOINTS).exists():
+    if (found := latest_record(directory / CHECKPOINTS)) is None:
         return None
-    with contextlib.closing(CheckpointStore(directory / CHECKPOINTS, read_only=True)) as kept:
-        if (step := kept.latest()) is None:
-            return None
-        record = kept.record(step)
+    step, record = found
     table = record["table"]
     return Standing(record["run"], step, SlotTable(users=tuple(table["users"]), next=table["next"]))
 
