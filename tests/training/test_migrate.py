@@ -216,11 +216,11 @@ def test_distillation_brings_the_old_words_to_another_base(old, trained, learnt,
     for user in USERS:  # as they were
         adapter, manifest = catalog.load(user, 1)
         catalog.commit(catalog.cohort_of(manifest), user, adapter)
-    done = _distilled(old, other, data, catalog, USERS, CONFIG, TrainConfig(**SETTINGS))
+    done = _distilled(old, other, data, catalog, USERS, CONFIG, TrainConfig(**{**SETTINGS, "steps": 250}))
     assert [(one.user, one.source, one.revision, one.how) for one in done] == [(u, 3, 4, "distilled") for u in USERS]
     after = _divergences(old, other, catalog, data, 4)
     for one, first in zip(done, untaught, strict=True):
-        assert after[one.user] < 0.5 * before[one.user]
+        assert after[one.user] < 0.2 * before[one.user]
         assert one.gain_before > 0.3
         np.testing.assert_equal(one.gain_reapplied, first.gain_reapplied)
         assert np.isnan(one.gain_reapplied) == bool(changes)
