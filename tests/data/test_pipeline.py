@@ -13,7 +13,7 @@ from popax.data.pipeline import PipelineConfig, UserPipeline, prefetch, user_see
 from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset, split_past_future
-from popax.errors import ConfigError, DataError
+from popax.errors import ConfigError, DataError, TokenizerError, UserTextError
 from popax.types import Batch
 
 BYTE = load_tokenizer("byte")
@@ -305,3 +305,26 @@ def test_prefetching_is_bounded():
 def test_bad_configs_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         PipelineConfig(**{"seq_len": 8, "batch_size": 1} | changes)
+
+
+class Refusing:
+    """A tokenizer that takes no text."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def encode(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(TokenizerError("no token for it"), "no token for it"), (RuntimeError("odd"), "RuntimeError: odd")],
+)
+def test_a_record_that_cannot_be_tokenised_is_named_with_its_reason(error, words):
+    data = UserDataset.from_examples({"u": ["a", "b"]})
+    pipeline = UserPipeline(data, Refusing(error), PipelineConfig(seq_len=8, batch_size=1))
+    with pytest.raises(UserTextError) as caught:
+        pipeline.rows("u", "past")
+    assert str(caught.value) == f"user 'u': example 1 cannot be tokenised: {words}; correct or remove it"
+    assert (caught.value.record, caught.value.file) == (1, None)

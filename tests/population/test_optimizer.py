@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from popax.errors import ConfigError
 from popax.population.early_stop import EarlyStop
-from popax.population.optimizer import adamw, constant, lion, warmup_constant, warmup_cosine
+from popax.population.optimizer import adamw, check_factors, constant, lion, warmup_constant, warmup_cosine
 from popax.training.config import TrainConfig
 from popax.training.pretrain import PretrainConfig, optimizer
 
@@ -116,3 +116,8 @@ def test_optimizers_and_schedules_of_ones_own_work():
     TrainConfig(optimizer=optax.adamw, schedule=lambda step, max_steps: 0.5)
     TrainConfig(optimizer=lambda rate: optax.chain(optax.clip(1.0), optax.sgd(rate)))
     TrainConfig(optimizer=lion(), schedule=warmup_constant(warmup_steps=3))
+
+
+def test_a_factor_that_is_not_finite_is_refused():
+    with pytest.raises(ConfigError, match="the factor inf at step 1"):
+        check_factors(lambda step, max_steps: jnp.where(step == 1, jnp.inf, 1.0), 3)
