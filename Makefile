@@ -1,17 +1,18 @@
 # make setup | test | test-kernels | test-slow | test-times | mutants | demo | lint | types | docs | clean.
-# Nothing is assumed but Python >= 3.11 with its venv module.
+# Nothing is assumed but a Python of 3.11 to 3.13 with its venv module.
 
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# The newest interpreter that runs, is >= 3.11 and can make virtual environments (a name on PATH may be a broken shim).
-USABLE := import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))
-CANDIDATES := python3.14 python3.13 python3.12 python3.11 python3 python
+# The newest interpreter that runs, is of 3.11 to 3.13 and can make virtual environments (a name on PATH may be a broken
+# shim).
+USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+CANDIDATES := python3.13 python3.12 python3.11 python3 python
 PYTHON ?= $(shell for name in $(CANDIDATES); do \
 	if $$name -c '$(USABLE)' >/dev/null 2>&1; then command -v $$name; break; fi; done)
 
-.PHONY: help setup test test-kernels test-slow test-times accept-kernels mutants demo lint format types docs clean
+.PHONY: help setup test test-kernels test-slow test-times accept-kernels accept-kills accept-catalog mutants demo lint format types docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +20,9 @@ help:
 	@echo 'make test    the test suite (ARGS= goes to pytest), without the kernels and without what takes over ten seconds'
 	@echo '             make test-kernels: the kernels; make test-slow: what takes longer, of both'
 	@echo '             make test-times: CPU seconds by file, of the suite and the kernels'
-	@echo '             make accept-kernels: every shape through the TPU compiler for every kind of TPU'
+	@echo 'make accept-kernels | accept-kills | accept-catalog'
+	@echo '             tests at their whole size, a cell each; what has passed at this commit is not run again'
+	@echo '             (docs/acceptance; ARGS=--list shows the cells)'
 	@echo 'make mutants do the tests see mistakes? (ARGS= goes to python -m tests.mutation)'
 	@echo 'make demo    the demonstration (ARGS= goes to popax demo)'
 	@echo 'make lint    ruff; make format rewrites; make types runs pyright'
@@ -44,7 +47,10 @@ test-times: $(VENV)/.installed-dev
 
 accept-kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet -e '.[aot]'
-	POPAX_EVERY_SHAPE=1 $(PYTEST) -m aot tests/kernels $(ARGS)
+	$(BIN)/python -m tests.acceptance kernels $(ARGS)
+
+accept-kills accept-catalog: accept-%: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.acceptance $* $(ARGS)
 
 mutants: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.mutation $(ARGS)
@@ -73,11 +79,11 @@ clean:
 
 $(BIN)/python:
 	@if [ -z '$(PYTHON)' ]; then \
-		echo 'popax needs Python >= 3.11 with venv and ensurepip; none of $(CANDIDATES) is one.' >&2; \
+		echo 'popax needs Python 3.11 to 3.13 with venv and ensurepip; none of $(CANDIDATES) is one.' >&2; \
 		echo 'Install one (on Debian and Ubuntu: python3 and python3-venv), or name it: make PYTHON=/path/to/python3.12 ...' >&2; \
 		exit 1; fi
 	@'$(PYTHON)' -c '$(USABLE)' || { \
-		echo "popax needs Python >= 3.11 with venv and ensurepip; $(PYTHON) is $$('$(PYTHON)' --version 2>&1)." >&2; exit 1; }
+		echo "popax needs Python 3.11 to 3.13 with venv and ensurepip; $(PYTHON) is $$('$(PYTHON)' --version 2>&1)." >&2; exit 1; }
 	'$(PYTHON)' -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

@@ -15,6 +15,7 @@ FLOORS = {
     "popax.errors": 0,
     "popax.trees": 0,
     "popax.compat": 0,
+    "popax.memo": 0,
     "popax.version": 0,
     "popax.sharding": 1,
     "popax.distributed": 1,

@@ -10,6 +10,7 @@ import numpy as np
 
 from popax.adapters.cohort import Cohort
 from popax.errors import DataError
+from popax.memo import built_once
 from popax.objectives.base import Objective, Sums
 from popax.population.step import population_loss
 from popax.types import NO_ADAPT, AdapterState, Batch, Params
@@ -54,13 +55,22 @@ def bits_per_byte(sums: Sums) -> np.ndarray:
     return np.divide(nats, math.log(2) * count, out=np.full_like(nats, np.nan), where=count > 0)
 
 
+@built_once
+def _adapted(cohort: Cohort, objective: Objective) -> Callable[..., Sums]:
+    return jax.jit(population_loss(cohort, objective))
+
+
+@built_once
+def _plain(objective: Objective) -> Callable[[Params, Batch], Sums]:
+    return jax.jit(jax.vmap(lambda params, batch: objective(params, NO_ADAPT, batch)[1], in_axes=(None, 0)))
+
+
 class Scorer:
     """Scores users group by group with one compiled program for adapters and one for the base."""
 
     def __init__(self, objective: Objective, cohort: Cohort, base: Params, shared: AdapterState, config: EvalConfig):
         self._base, self._shared, self._config = base, shared, config
-        self._adapted = jax.jit(population_loss(cohort, objective))
-        self._plain = jax.jit(jax.vmap(lambda params, batch: objective(params, NO_ADAPT, batch)[1], in_axes=(None, 0)))
+        self._adapted, self._plain = _adapted(cohort, objective), _plain(objective)
 
     def base_sums(self, data: HeldOut, users: Sequence[str]) -> Sums:
         """The base alone on each user's text; leaves are [users]."""

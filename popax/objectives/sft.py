@@ -2,12 +2,14 @@
 
 import jax
 
+from popax.memo import built_once
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat
 from popax.objectives.base import Objective, Sums, mean_of
 from popax.types import Adapt, Batch, Params
 
 
+@built_once
 def sft(model: Model, *, remat: Remat = "none", frozen_base: bool = True) -> Objective[Batch, Sums]:
     """loss = sum_t w_t (-log p(target_t)) / sum_t w_t; 0 for a batch without supervised targets (an empty slot).
 

@@ -8,16 +8,19 @@ import jax
 from jax.sharding import Mesh
 
 from popax.adapters.cohort import Cohort
+from popax.memo import built_once
 from popax.modeling.model import Model
+from popax.modeling.remat import Remat
 from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
+from popax.population.bounds import NormKind
 from popax.population.continuation import continuation
-from popax.population.early_stop import observe
-from popax.population.optimizer import check_factors
+from popax.population.early_stop import EarlyStop, observe
+from popax.population.optimizer import Optimizer, Schedule, check_factors
 from popax.population.placement import AXIS, Placement
 from popax.population.state import PopulationState, empty_population, stored_adapters
 from popax.population.step import population_loss, population_step
-from popax.sharding import training_options
+from popax.sharding import ShardingRules, training_options
 from popax.training.config import TrainConfig
 
 
@@ -38,15 +41,41 @@ class Programs(NamedTuple):
 def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None) -> Programs:
     """Jitted functions; nothing is compiled before its first call. placement: by default all on one device.
 
-    Raises ConfigError where the schedule has steps without a rate (`check_factors`).
+    Runs of one process that differ in numbers alone (rates, steps, users) are given the same ones. Raises ConfigError
+    where the schedule has steps without a rate (`check_factors`).
     """
     check_factors(config.schedule, config.steps)
-    placement = placement or Placement(config.slots)
+    where = placement or Placement(config.slots)
+    return _programs(model, cohort, _Shaping.of(config), where.slots, where.mesh, where.rules)
+
+
+class _Shaping(NamedTuple):
+    """What of a TrainConfig the programs depend on."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    early_stop: EarlyStop | None
+    keep_optimizer: bool
+    remat: Remat
+    penalised: bool
+    budget: NormKind | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "_Shaping":
+        named = {name: getattr(config, name) for name in cls._fields if name != "penalised"}
+        return cls(penalised=bool(config.kl_weight), **named)
+
+
+@built_once
+def _programs(
+    model: Model, cohort: Cohort, config: _Shaping, slots: int, mesh: Mesh | None, rules: ShardingRules
+) -> Programs:
+    placement = Placement(slots, mesh, rules)
     objective = sft(model, remat=config.remat)
     over = AXIS if placement.blocks > 1 else None
     step = population_step(
         cohort,
-        sft_with_kl(model, remat=config.remat) if config.kl_weight else objective,
+        sft_with_kl(model, remat=config.remat) if config.penalised else objective,
         config.optimizer,
         config.schedule,
         weight=model.site_weight,
@@ -65,7 +94,7 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
             take=jax.jit(take),
         )
     # Said for every result: the state must come back where it was, whatever the partitioner would choose.
-    state = placement.shardings(cohort, abstract_population(cohort, config))
+    state = placement.shardings(cohort, jax.eval_shape(functools.partial(_empty, cohort, config, slots)))
     users, options = placement.over_population, training_options(placement.mesh)
     jitted = jax.jit(step, donate_argnums=2, out_shardings=(state, users), compiler_options=options)
     return Programs(
@@ -94,8 +123,12 @@ def abstract_population(cohort: Cohort, config: TrainConfig) -> PopulationState:
 
 def empty_slots(cohort: Cohort, config: TrainConfig) -> PopulationState:
     """The run's state before anyone is seated."""
+    return _empty(cohort, config, config.slots)
+
+
+def _empty(cohort: Cohort, config: TrainConfig | _Shaping, slots: int) -> PopulationState:
     tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
-    return empty_population(cohort, config.optimizer, config.slots, **tracked)
+    return empty_population(cohort, config.optimizer, slots, **tracked)
 
 
 def _take(

@@ -14,7 +14,9 @@ import numpy as np
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import PopaxError, PopulationError
+from popax.memo import built_once
 from popax.population.continuation import continued
+from popax.population.optimizer import Optimizer
 from popax.population.state import HParams, PopulationState, init_member
 from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
@@ -32,6 +34,19 @@ def user_key(seed: int, user: str) -> jax.Array:
     """A key that depends on the seed and the user's id alone, not on the slot or on who sits beside."""
     word = int.from_bytes(hashlib.sha256(user.encode()).digest()[:4], "little")
     return jax.random.fold_in(jax.random.key(seed), np.uint32(word))
+
+
+@built_once
+def _starts(
+    cohort: Cohort, optimizer: Optimizer, track_best: bool, keep_optimizer: bool
+) -> tuple[Callable[..., PopulationState], Callable[..., PopulationState]]:
+    """start(key, settings) of a fresh adapter, and start(key, settings, adapter) of one that is there."""
+
+    def make(key: jax.Array, settings: HParams, adapter: AdapterState | None) -> PopulationState:
+        tracked = {"track_best": track_best, "keep_optimizer": keep_optimizer}
+        return init_member(cohort, optimizer, key, settings, adapter=adapter, **tracked)
+
+    return jax.jit(lambda key, settings: make(key, settings, None)), jax.jit(make)
 
 
 class MemberSource:
@@ -61,13 +76,8 @@ class MemberSource:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
         self._pending: dict[str, concurrent.futures.Future[PopulationState | SetAside]] = {}
         self._rows = None if catalog is None else RowLoader(catalog.read_rows, lambda rows: None)
-        tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
-
-        def make(key: jax.Array, settings: HParams, adapter: AdapterState | None) -> PopulationState:
-            return init_member(cohort, config.optimizer, key, settings, adapter=adapter, **tracked)
-
-        self._fresh = jax.jit(lambda key, settings: make(key, settings, None))
-        self._from_adapter = jax.jit(make)
+        tracked = (config.early_stop is not None, config.keep_optimizer)
+        self._fresh, self._from_adapter = _starts(cohort, config.optimizer, *tracked)
 
     def prefetch(self, users: Sequence[str]) -> None:
         """Start loading these users, those who continue in one batched read; `start` then finds them ready."""

@@ -80,8 +80,6 @@ class World:
         environment = os.environ | {
             "POPAX_PYTHON": sys.executable,
             "XLA_FLAGS": COMPILE_QUICKLY,
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         script = str(ROOT / "launch" / "local.sh")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -65,7 +65,5 @@ def hash_of(user: str) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     run(Path(sys.argv[1]), on_round=lambda seating, _: print(f"round {seating.iteration}", flush=True))
     print("done", flush=True)
