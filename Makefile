@@ -17,9 +17,9 @@ PYTHON ?= $(shell for name in $(CANDIDATES); do \
 
 help:
 	@echo 'make setup   a virtual environment in $(VENV) with popax and its development tools'
-	@echo 'make test    the test suite (ARGS= goes to pytest), without the kernels and without what takes over ten seconds'
+	@echo 'make test    the test suite (ARGS= goes to pytest), without the kernels and without what takes long'
 	@echo '             make test-kernels: the kernels; make test-slow: what takes longer, of both'
-	@echo '             make test-times: CPU seconds by file, of the suite and the kernels'
+	@echo '             make test-times: CPU seconds by file, of the suite and the kernels (ARGS=--write-slow: tests/slow.txt anew)'
 	@echo 'make accept-kernels | accept-kills | accept-catalog'
 	@echo '             tests at their whole size, a cell each; what has passed at this commit is not run again'
 	@echo '             (docs/acceptance; ARGS=--list shows the cells)'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests import compile_cache
 from tests.compile_flags import COMPILE_QUICKLY, EIGHT_DEVICES, with_flags
+from tests.slow_tests import slow_tests
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = with_flags(os.environ.get("XLA_FLAGS", ""), f"{EIGHT_DEVICES} {COMPILE_QUICKLY}")
@@ -42,6 +43,17 @@ def _programs_are_let_go():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Before `-m` chooses."""
+    if config.getoption("write_slow", default=False):
+        return
+    names = slow_tests()
+    for item in items:
+        if item.nodeid in names:
+            item.add_marker("slow")
 
 
 LEFT_OUT = pytest.StashKey[int]()

@@ -9,7 +9,9 @@ import resource
 
 import pytest
 
-SLOW = 10.0  # what takes longer is marked `slow`
+from tests.slow_tests import write_slow
+
+SLOW = 3.0  # what takes longer, with an empty compile cache, is left to `make test-slow`
 
 
 def cpu_seconds() -> float:
@@ -57,6 +59,9 @@ class CpuTimes:
         unmarked = {test: spent for test, spent in self.of_test.items() if spent > SLOW and test not in self.slow}
         for test, seconds in sorted(unmarked.items(), key=lambda pair: pair[1]):
             terminalreporter.write_line(f"{seconds:8.1f}  more than {SLOW:.0f}, and not marked slow: {test}")
+        if terminalreporter.config.getoption("write_slow"):
+            # Of all tests that might be fast: slow.txt was not looked at.
+            write_slow({test: spent for test, spent in self.of_test.items() if test not in self.slow}, SLOW)
         if path := terminalreporter.config.getoption("cpu_times"):
             with open(path, "w") as out:
                 out.writelines(f"{seconds:.3f}\t{test}\n" for test, seconds in self.of_test.items())
@@ -64,6 +69,8 @@ class CpuTimes:
 
 def pytest_addoption(parser):
     parser.addoption("--cpu-times", metavar="PATH", help="also write the CPU seconds of every test, one a line")
+
+    parser.addoption("--write-slow", action="store_true", help="run what slow.txt names too, and write it anew")
 
 
 def pytest_configure(config):
