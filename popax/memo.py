@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,3 +24,9 @@ def built_once(build: Callable[P, T], *, kept: int = 16) -> Callable[P, T]:
         return remembered(*args, **kwargs)
 
     return call
+
+
+@built_once
+def partial_of(function: Callable[..., T], **settings: Any) -> Callable[..., T]:
+    """`functools.partial`, the same one for equal settings: partials themselves are never equal."""
+    return functools.partial(function, **settings)

@@ -1,6 +1,5 @@
 """Optimizers and schedules of ONE user; the population vmaps them, so state and rate are each user's own."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 
 from popax.errors import ConfigError
-from popax.memo import built_once
+from popax.memo import partial_of
 
 # learning rate (scalar array) -> any optax transformation. Its state must not depend on the learning rate.
 Optimizer = Callable[[jax.Array], optax.GradientTransformation]
@@ -19,39 +18,33 @@ Optimizer = Callable[[jax.Array], optax.GradientTransformation]
 Schedule = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-@built_once
 def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
     """AdamW (arXiv 1711.05101). Decay acts on the user's own state only; a padded column is zero and stays zero."""
-    return functools.partial(optax.adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return partial_of(optax.adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
-@built_once
 def sgd(*, momentum: float | None = None) -> Optimizer:
     """Plain gradient descent, with heavy-ball momentum where given."""
-    return functools.partial(optax.sgd, momentum=momentum)
+    return partial_of(optax.sgd, momentum=momentum)
 
 
-@built_once
 def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0) -> Optimizer:
     """Lion (arXiv 2302.06675)."""
-    return functools.partial(optax.lion, b1=b1, b2=b2, weight_decay=weight_decay)
+    return partial_of(optax.lion, b1=b1, b2=b2, weight_decay=weight_decay)
 
 
-@built_once
 def constant() -> Schedule:
     """factor = 1."""
-    return functools.partial(constant_factor)
+    return partial_of(constant_factor)
 
 
-@built_once
 def warmup_constant(*, warmup_steps: int) -> Schedule:
     """Linear up to 1 over this many steps, then 1: whatever the number of steps, and so the same when continued."""
     if not warmup_steps >= 0:
         raise ConfigError(f"warmup_constant.warmup_steps={warmup_steps}: at least 0")
-    return functools.partial(warmup_constant_factor, warmup_steps=warmup_steps)
+    return partial_of(warmup_constant_factor, warmup_steps=warmup_steps)
 
 
-@built_once
 def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedule:
     """Linear up to 1 over the first fraction of the user's own steps, then half a cosine towards `floor`.
 
@@ -61,7 +54,7 @@ def warmup_cosine(*, warmup_fraction: float = 0.1, floor: float = 0.0) -> Schedu
     for name, value in (("warmup_fraction", warmup_fraction), ("floor", floor)):
         if not 0 <= value <= 1:
             raise ConfigError(f"warmup_cosine.{name}={value}: between 0 and 1")
-    return functools.partial(warmup_cosine_factor, warmup_fraction=warmup_fraction, floor=floor)
+    return partial_of(warmup_cosine_factor, warmup_fraction=warmup_fraction, floor=floor)
 
 
 # Schedules are partials of these, so that a run's record has their arguments (popax.population.described).

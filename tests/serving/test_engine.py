@@ -76,7 +76,7 @@ def test_base_only_rows_are_the_bases_own_bits(world, engine):
 @pytest.fixture(scope="module")
 def tight(world):
     """Four rows, three slots a cohort, a host tier of a few rows, pages for two long answers: everything runs short."""
-    shapes = EngineShapes(rows=(2, 4), groups=2, width=8, context=128, contexts=(), page=8, pages=20)
+    shapes = EngineShapes(rows=(2, 4), groups=2, width=8, context=128, contexts=(64,), page=8, pages=20)
     engine = world.engine(shapes=shapes, slots=3, host_bytes=1 << 16)
     yield engine
     engine.close()

@@ -36,7 +36,7 @@ COHORTS = (
     AdapterConfig(method="prompt", rank=3),
     AdapterConfig(method="delta_mem", rank=3, options={"segment": 2, "states": 2}),
 )
-SHAPES = EngineShapes(rows=(16,), groups=4, width=8, context=128, contexts=(64,), page=8)
+SHAPES = EngineShapes(rows=(16,), groups=4, width=8, context=128, contexts=(), page=8)
 
 
 @dataclasses.dataclass(frozen=True)
