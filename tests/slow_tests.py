@@ -24,9 +24,8 @@ def chosen(seconds: Mapping[str, float], limit: float) -> list[str]:
     for test in seconds:
         cases.setdefault(test.partition("[")[0], []).append(test)
     quickest = {min(tests, key=seconds.__getitem__) for tests in cases.values() if len(tests) > 1}
-    return sorted(
-        test for test, spent in seconds.items() if spent > limit and test not in quickest and not test.startswith(KEPT)
-    )
+    slow = {test for test, spent in seconds.items() if spent > limit and not test.startswith(KEPT)}
+    return sorted(slow - quickest)
 
 
 def write_slow(seconds: Mapping[str, float], limit: float) -> list[str]:
