@@ -28,8 +28,8 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 class Compiled(NamedTuple):
     """One step on one device, in bytes and operations. argument_bytes: by kind, as the device holds them.
 
-    fits: whether the compiler accepted it; where it did not, needed_bytes is what it asked for, and there is no program
-    to count in. compile_s, cpu_s, peak_bytes: the compiling process's wall time, its processor time on all cores
+    fits: whether the compiler accepted it and what it needs is within the limit; where it was not accepted,
+    needed_bytes is what it asked for, and there is no program to count in. compile_s, cpu_s, peak_bytes: the compiling process's wall time, its processor time on all cores
     together, and its largest memory.
     """
 
@@ -91,10 +91,12 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
     # Results that take the place of donated arguments cost nothing more.
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes + max(0, fresh) + memory.generated_code_size_in_bytes
+    needed = memory.argument_size_in_bytes + temporary
+    refusal = too_much(needed, limit)
     return Compiled(
         step=step,
-        fits=True,
-        needed_bytes=memory.argument_size_in_bytes + temporary,
+        fits=not refusal,
+        needed_bytes=needed,
         argument_bytes=_as_held(arguments, memory.argument_size_in_bytes),
         temporary_bytes=temporary,
         matmul_flops=counted.matmul_flops,
@@ -105,8 +107,15 @@ def compile_step(config: PlanConfig, model: ModelConfig, step: StepName) -> Comp
         compile_s=seconds,
         cpu_s=time.process_time(),
         peak_bytes=peak_bytes(),
-        refusal="",
+        refusal=refusal,
     )
+
+
+def too_much(needed: int, limit: int) -> str:
+    """Why a compiled step does not fit, or "": the compiler lets more pass than a device is sure to hold."""
+    if needed <= limit:
+        return ""
+    return f"the compiler accepts it, but arguments and temporaries have {needed} bytes on a device, which holds {limit}"
 
 
 def _refused(step: StepName, started: float, arguments: dict[str, int], needed: int, reason: str) -> Compiled:

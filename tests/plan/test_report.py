@@ -8,7 +8,7 @@ from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.plan import compiler, fit, report, search
 from popax.plan.collectives import Collective
-from popax.plan.compiler import Compiled
+from popax.plan.compiler import Compiled, too_much
 from popax.plan.config import MeshShape, PlanConfig
 
 GIB = 1 << 30
@@ -145,6 +145,12 @@ def test_meshes_keep_the_base_in_memory_and_the_users_whole():
     assert all(16 % (mesh.population * mesh.fsdp) == 0 for mesh in tried)
     assert len(set(tried)) == len(tried)
     assert tried[0].population == 4
+
+
+def test_what_the_compiler_lets_pass_may_still_be_too_much():
+    """Seen with a step of 107 GB on a chip of 102.8."""
+    assert too_much(100, 100) == ""
+    assert "101 bytes on a device, which holds 100" in too_much(101, 100)
 
 
 @pytest.mark.parametrize(
