@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# Without kept bytecode every worker rewrites every test, and every process that a test starts compiles popax.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The newest interpreter that runs, is of 3.11 to 3.13 and can make virtual environments (a name on PATH may be a broken
 # shim).
 USABLE := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
