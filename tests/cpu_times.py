@@ -11,7 +11,7 @@ import pytest
 
 from tests.slow_tests import write_slow
 
-SLOW = 1.5  # what takes longer, with an empty compile cache, is left to `make test-slow`
+SLOW = 1.25  # what takes longer, with an empty compile cache, is left to `make test-slow`
 
 
 def cpu_seconds() -> float:
