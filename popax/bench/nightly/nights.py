@@ -93,7 +93,8 @@ def _train(data: Path, base: Path, out: Path) -> list[str]:
 def _pretrain(text: Messages, config: NightlyConfig, folder: Path) -> Path:
     _write(folder / "base.jsonl", text)
     (folder / "base.gin").write_text(
-        f"{MODEL}{TEXT}PretrainConfig.steps = {config.base_steps}\nPretrainConfig.learning_rate = 3e-3\n",
+        f"{MODEL}{TEXT}PretrainConfig.steps = {config.base_steps}\nPretrainConfig.learning_rate = 3e-3\n"
+        f"PretrainConfig.warmup_steps = {config.base_steps // 10}\n",
         encoding="utf-8",
     )
     files = ["--gin_file", str(folder / "base.gin"), "--data", str(folder / "base.jsonl")]
