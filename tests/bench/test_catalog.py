@@ -10,6 +10,7 @@ from popax.bench.residency import BenchResidencyConfig, bench_residency, simulat
 from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.store.records import user_key
+from tests.sizes import size
 
 MODEL = ModelConfig(
     vocab_size=4096, embed_dim=512, ffw_dim=1536, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64
@@ -17,12 +18,13 @@ MODEL = ModelConfig(
 
 
 @pytest.mark.slow
-def test_fifty_thousand_users(tmp_path):
-    config = BenchCatalogConfig(users=50_000, large_users=64, layouts=(4, 16), loads=500, batch_loads=5, warm_loads=5)
+def test_tens_of_thousands_of_users(tmp_path):
+    users = size(10_000, whole_size=50_000)
+    config = BenchCatalogConfig(users=users, large_users=64, layouts=(4, 16), loads=500, batch_loads=5, warm_loads=5)
     figures, rows = bench_catalog(MODEL, config, place=tmp_path / "catalog")
-    assert (figures["users"], figures["row_bytes"], figures["large_row_bytes"]) == (50_000, 4096, 2_490_368)
+    assert (figures["users"], figures["row_bytes"], figures["large_row_bytes"]) == (users, 4096, 2_490_368)
     assert figures["wrong_adapters"] == 0
-    assert figures["audited_revisions"] == figures["audited_rows"] == 50_000 + 64 + config.history_revisions - 1
+    assert figures["audited_revisions"] == figures["audited_rows"] == users + 64 + config.history_revisions - 1
     assert 0 < figures["overhead_bytes_per_user"] < 1024
     assert figures["large_row_bytes"] < figures["extract_large_read_bytes"] < 1.2 * figures["large_row_bytes"]
     for name in ("revisions_per_s", "open_s", "load_p50_ms", "load_p99_ms", "batched_1024_ms", "large_mb_per_s"):
@@ -33,7 +35,7 @@ def test_fifty_thousand_users(tmp_path):
     # An interrupted build goes on where it was: nothing is left to build, and there is no rate to report.
     figures, _ = bench_catalog(MODEL, config, place=tmp_path / "catalog")
     assert figures["revisions_per_s"] is None
-    assert figures["audited_revisions"] == 50_000 + 64 + config.history_revisions - 1
+    assert figures["audited_revisions"] == users + 64 + config.history_revisions - 1
 
 
 def test_the_bulk_order_is_that_of_the_keys():

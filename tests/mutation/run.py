@@ -137,7 +137,8 @@ def _test(job: Job, place: Path) -> int:
             if report.failed and not (place / "by").exists():
                 (place / "by").write_text(report.nodeid, encoding="utf-8")
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not slow and not parity and not aot"]
+    # Slow ones too: those of these files are seconds, and some mutants are seen by nothing else.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-m", "not parity and not aot"]
     return int(pytest.main([*options, f"--basetemp={place / 'tmp'}", *job.tests], plugins=[Told()]))
 
 
