@@ -29,8 +29,8 @@ class Compiled(NamedTuple):
     """One step on one device, in bytes and operations. argument_bytes: by kind, as the device holds them.
 
     fits: whether the compiler accepted it and what it needs is within the limit; where it was not accepted,
-    needed_bytes is what it asked for, and there is no program to count in. compile_s, cpu_s, peak_bytes: the compiling process's wall time, its processor time on all cores
-    together, and its largest memory.
+    needed_bytes is what it asked for, and there is no program to count in. compile_s, cpu_s, peak_bytes: the compiling
+    process's wall time, its processor time on all cores together, and its largest memory.
     """
 
     step: StepName
@@ -115,7 +115,7 @@ def too_much(needed: int, limit: int) -> str:
     """Why a compiled step does not fit, or "": the compiler lets more pass than a device is sure to hold."""
     if needed <= limit:
         return ""
-    return f"the compiler accepts it, but arguments and temporaries have {needed} bytes on a device, which holds {limit}"
+    return f"accepted by the compiler, but arguments and temporaries have {needed} bytes on a device, of {limit}"
 
 
 def _refused(step: StepName, started: float, arguments: dict[str, int], needed: int, reason: str) -> Compiled:

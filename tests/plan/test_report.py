@@ -150,7 +150,7 @@ def test_meshes_keep_the_base_in_memory_and_the_users_whole():
 def test_what_the_compiler_lets_pass_may_still_be_too_much():
     """Seen with a step of 107 GB on a chip of 102.8."""
     assert too_much(100, 100) == ""
-    assert "101 bytes on a device, which holds 100" in too_much(101, 100)
+    assert "101 bytes on a device, of 100" in too_much(101, 100)
 
 
 @pytest.mark.parametrize(
