@@ -13,7 +13,8 @@ def built_once(build: Callable[P, T], *, kept: int = 16) -> Callable[P, T]:
 
     build: pure, from settings to a function. No array may be among the arguments: it would live as long as the result.
     """
-    remembered = functools.lru_cache(maxsize=kept)(build)
+    # typed: 1, 1.0 and True are equal, and are not the same setting.
+    remembered = functools.lru_cache(maxsize=kept, typed=True)(build)
 
     @functools.wraps(build)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -58,7 +58,7 @@ class CpuTimes:
         )
         unmarked = {test: spent for test, spent in self.of_test.items() if spent > SLOW and test not in self.slow}
         for test, seconds in sorted(unmarked.items(), key=lambda pair: pair[1]):
-            terminalreporter.write_line(f"{seconds:8.1f}  more than {SLOW:.0f}, and not marked slow: {test}")
+            terminalreporter.write_line(f"{seconds:8.1f}  more than {SLOW:g}, and not marked slow: {test}")
         if terminalreporter.config.getoption("write_slow"):
             # Of all tests that might be fast: slow.txt was not looked at.
             write_slow({test: spent for test, spent in self.of_test.items() if test not in self.slow}, SLOW)
@@ -69,7 +69,6 @@ class CpuTimes:
 
 def pytest_addoption(parser):
     parser.addoption("--cpu-times", metavar="PATH", help="also write the CPU seconds of every test, one a line")
-
     parser.addoption("--write-slow", action="store_true", help="run what slow.txt names too, and write it anew")
 
 

@@ -6,8 +6,11 @@ A test that is slow whatever the machine (it sleeps, it kills, it has thousands 
 from collections.abc import Mapping
 from pathlib import Path
 
-# Fast whatever they take: what a change breaks first.
-KEPT = ("tests/test_floors.py",)
+# Fast whatever they take: what a change breaks first, and the first test of a server that many others then use.
+KEPT = (
+    "tests/test_floors.py",
+    "tests/serving/http/test_openai_api.py::test_a_completion_is_the_users_own",
+)
 PLACE = Path(__file__).with_name("slow.txt")
 HEADER = "# Written by make test-times ARGS=--write-slow: tests of more than {limit} CPU seconds, compiling included.\n"
 

@@ -76,3 +76,9 @@ def test_runs_that_differ_in_numbers_alone_share_their_programs():
         {"schedule": constant()},
     ):
         assert compile_programs(model, cohort, dataclasses.replace(config, **changed)) is not first
+
+
+def test_numbers_of_another_type_are_other_settings():
+    """1, 1.0 and True are equal, as keys too; a run's record has what was asked for."""
+    assert adamw(weight_decay=0) is not adamw(weight_decay=0.0)
+    assert isinstance(adamw(weight_decay=0.0).keywords["weight_decay"], float)

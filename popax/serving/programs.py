@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from popax.adapters.cohort import Cohort
 from popax.errors import ConfigError
-from popax.memo import built_once
 from popax.modeling.model import Model
 from popax.modeling.paged import page_shapes
 from popax.modeling.ragged import fits, ragged_page_shapes
@@ -65,12 +63,6 @@ class EngineShapes:
         ]
 
 
-@built_once
-def _jitted(out_shardings: Any) -> Any:
-    """`serve_step`, which engines of equal models and shapes trace and compile once in a process."""
-    return jax.jit(serve_step, static_argnums=(0, 1, 2, 3), donate_argnums=5, out_shardings=out_shardings)
-
-
 class Programs:
     """`run` picks the smallest compiled step; an executable cannot compile again, whatever it is given."""
 
@@ -108,7 +100,12 @@ class Programs:
             inputs = self._empty[shape] = empty_inputs(shape, self._model.config.vocab_size, self.shapes.context)
             with self._on_mesh():
                 pages = tuple(each.sharding for each in self._pages)
-                step = _jitted((pages, self._everywhere) if self._mesh is not None else None)
+                step = jax.jit(
+                    serve_step,
+                    static_argnums=(0, 1, 2, 3),
+                    donate_argnums=5,
+                    out_shardings=(pages, self._everywhere) if self._mesh is not None else None,
+                )
                 trimmed = _trimmed(sets, shape.samples)
                 arguments = (
                     self._model,

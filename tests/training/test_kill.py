@@ -48,7 +48,7 @@ def kill_once(place: Path, dice: random.Random) -> bool:
 
 
 @pytest.mark.slow
-def test_invariant_6_twenty_kills_change_no_bit_of_256_users(tmp_path):
+def test_invariant_6_kills_change_no_bit_of_256_users(tmp_path):
     dice = random.Random(7)
     straight = start(tmp_path / "straight")
     output, errors = straight.communicate(timeout=300)
