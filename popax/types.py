@@ -47,6 +47,27 @@ class Rollouts(NamedTuple):
     advantages_BxT: jax.Array
 
 
+class HParams(NamedTuple):
+    """One member's own settings, a scalar float32 array each; a population's have a leading N.
+
+    learning_rate, b1, b2, eps, weight_decay: of the optimizer, which looks at those that it knows; None, before the
+    member is made, is what the optimizer was made with. clip_norm: inf never
+    clips. max_steps: int32, the member stops being active after so many. norm_budget: of the change of all weights
+    together, which no step exceeds (popax.population.bounds), inf is none. kl_weight: of the divergence from the base,
+    in an objective that measures one.
+    """
+
+    learning_rate: jax.Array
+    b1: jax.Array | None
+    b2: jax.Array | None
+    eps: jax.Array | None
+    weight_decay: jax.Array | None
+    clip_norm: jax.Array
+    max_steps: jax.Array
+    norm_budget: jax.Array
+    kl_weight: jax.Array
+
+
 # "linear": y = x W. "hidden": what a block hands on, in and out alike; it has no weight. "embedding": the table of
 # embeddings, where virtual tokens may have rows of their own (popax.modeling.virtual).
 SiteKind = Literal["linear", "hidden", "embedding"]

@@ -71,7 +71,7 @@ def test_runs_that_differ_in_numbers_alone_share_their_programs():
         {"kl_weight": 0.5},
         {"norm_budget": 1.0},
         {"early_stop": None},
-        {"keep_optimizer": True},
+        {"save_optimizer_state": True},
         {"optimizer": sgd()},
         {"schedule": constant()},
     ):
@@ -81,4 +81,4 @@ def test_runs_that_differ_in_numbers_alone_share_their_programs():
 def test_numbers_of_another_type_are_other_settings():
     """1, 1.0 and True are equal, as keys too; a run's record has what was asked for."""
     assert adamw(weight_decay=0) is not adamw(weight_decay=0.0)
-    assert isinstance(adamw(weight_decay=0.0).keywords["weight_decay"], float)
+    assert isinstance(dict(adamw(weight_decay=0.0).settings)["weight_decay"], float)

@@ -5,7 +5,7 @@ import jax
 from popax.kernels.cross_entropy import vjp
 
 
-def target_nats(x: jax.Array, w: jax.Array, target: jax.Array, *, vocab_first: bool) -> jax.Array:
+def token_nll(x: jax.Array, w: jax.Array, target: jax.Array, *, vocab_first: bool) -> jax.Array:
     """logsumexp_v(x . w_v) - x . w_target, the cross-entropy of each target in nats.
 
     x: [..., D]; w: [V, D] where vocab_first (an embedding table that the head is tied to), else [D, V], of any float

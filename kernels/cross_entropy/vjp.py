@@ -49,7 +49,7 @@ def _folding(op: Op, vocab_axis: int) -> Rows:
 
 def _with_gradient(nats: Rows, nats_and_gradient: Rows) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     @jax.custom_vjp
-    def target_nats(x_MxD, w, target_M):
+    def token_nll(x_MxD, w, target_M):
         return nats(x_MxD, w, target_M)[0]
 
     def forward(x_MxD, w, target_M):
@@ -68,8 +68,8 @@ def _with_gradient(nats: Rows, nats_and_gradient: Rows) -> Callable[[jax.Array, 
         return dx_MxD.astype(gradient_MxD.dtype), None, None
 
     # Symbolic zeros say which operands somebody differentiates.
-    target_nats.defvjp(forward, backward, symbolic_zeros=True)
-    return target_nats
+    token_nll.defvjp(forward, backward, symbolic_zeros=True)
+    return token_nll
 
 
 # By whether the vocabulary is w's first axis: logsumexp_v(x . w_v) - x . w_target, [M]. Without a gradient only the

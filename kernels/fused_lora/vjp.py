@@ -14,7 +14,7 @@ from popax.kernels.fused_lora.arg_specs import ArgSpec
 from popax.kernels.fused_lora.ops import BACKWARD, FORWARD
 
 
-def _run(op, x_NxTxD, w_DxF, b_NxRxF, operands, everybodys):
+def _run(op, x_NxTxD, w_DxF, b_NxRxF, operands, unbatched_argnums):
     (users, tokens, d_in), (_, rank, d_out) = x_NxTxD.shape, b_NxRxF.shape
     return dispatch.run(
         op.name,
@@ -22,7 +22,7 @@ def _run(op, x_NxTxD, w_DxF, b_NxRxF, operands, everybodys):
         ArgSpec("", users, tokens, d_in, d_out, rank, w_DxF.dtype.name),
         *operands,
         dtype=x_NxTxD.dtype.name,
-        population=tuple(at not in everybodys for at in range(len(operands))),
+        population=tuple(at not in unbatched_argnums for at in range(len(operands))),
         block_types=op.block_types,
     )
 
@@ -37,13 +37,18 @@ def _stacked_backward(g_NxTxF, x_NxTxD, h_NxRxT, w_DxF, a_NxRxD, b_NxRxF, scale_
     return _run(BACKWARD, x_NxTxD, w_DxF, b_NxRxF, operands, (3, 7))
 
 
-def _door(stacked, op, everybodys: tuple[int, ...]):
-    return population.door(stacked, everybodys=everybodys, reference=op.implementations[dispatch.XLA])
+def _batched_op(stacked, op, unbatched_argnums: tuple[int, ...]):
+    return population.batched_op(
+        stacked, unbatched_argnums=unbatched_argnums, reference=op.implementations[dispatch.XLA]
+    )
 
 
 # By whether the weight has scales: these are an operand more, and everybody's as the weight is.
-_forward = {False: _door(_stacked_forward, FORWARD, (1,)), True: _door(_stacked_forward, FORWARD, (1, 5))}
-_backward = {False: _door(_stacked_backward, BACKWARD, (3,)), True: _door(_stacked_backward, BACKWARD, (3, 7))}
+_forward = {False: _batched_op(_stacked_forward, FORWARD, (1,)), True: _batched_op(_stacked_forward, FORWARD, (1, 5))}
+_backward = {
+    False: _batched_op(_stacked_backward, BACKWARD, (3,)),
+    True: _batched_op(_stacked_backward, BACKWARD, (3, 7)),
+}
 
 
 @jax.custom_vjp

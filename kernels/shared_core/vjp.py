@@ -41,8 +41,12 @@ def _stacked_backward(g_NxTxF, h_NxRxT, a_RxD, b_RxF, core_N, scale_N):
     return _stacked(ops.BACKWARD, users, tokens, a_RxD, b_RxF, core_N, h_NxRxT.dtype, operands, per_user)
 
 
-_forward = population.door(_stacked_forward, everybodys=(1, 2), reference=ops.FORWARD.implementations["xla"])
-_backward = population.door(_stacked_backward, everybodys=(2, 3), reference=ops.BACKWARD.implementations["xla"])
+_forward = population.batched_op(
+    _stacked_forward, unbatched_argnums=(1, 2), reference=ops.FORWARD.implementations["xla"]
+)
+_backward = population.batched_op(
+    _stacked_backward, unbatched_argnums=(2, 3), reference=ops.BACKWARD.implementations["xla"]
+)
 
 
 def _refuse(a, b) -> None:

@@ -28,7 +28,7 @@ def _stacked_backward(g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N):
     return _run(BACKWARD, x_NxTxD, b_NxRxF, (g_NxTxF, x_NxTxD, h_NxRxT, a_NxRxD, b_NxRxF, scale_N))
 
 
-_forward, _backward = population.door(_stacked_forward), population.door(_stacked_backward)
+_forward, _backward = population.batched_op(_stacked_forward), population.batched_op(_stacked_backward)
 
 
 @jax.custom_vjp

@@ -98,12 +98,12 @@ def recall_rows(
         return y_BxTxD, after_BxTxW, jnp.ones(y_BxTxD.shape[0], bool)
     own_B = slot_B >= 0
 
-    def told() -> tuple[jax.Array, jax.Array]:
+    def with_memory() -> tuple[jax.Array, jax.Array]:
         own_BxTxD, after_BxTxW = jax.vmap(one)(rows_of(state, slot_B), *rows)
         return jnp.where(own_B[:, None, None], own_BxTxD, y_BxTxD), after_BxTxW
 
-    def untold() -> tuple[jax.Array, jax.Array]:
+    def without_memory() -> tuple[jax.Array, jax.Array]:
         return y_BxTxD, jnp.zeros((*positions_BxT.shape, before_BxW.shape[1]), jnp.float32)
 
-    y_BxTxD, after_BxTxW = jax.lax.cond(jnp.any(own_B), told, untold) if skips else told()
+    y_BxTxD, after_BxTxW = jax.lax.cond(jnp.any(own_B), with_memory, without_memory) if skips else with_memory()
     return y_BxTxD, after_BxTxW, own_B

@@ -1,11 +1,8 @@
 """Hugging Face PEFT directories in and out: adapter_config.json and adapter_model.safetensors."""
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from popax.adapters.cohort import Cohort
 from popax.adapters.peft_config import config_of, read_record, record_of
 from popax.adapters.peft_layout import layout_of, module_names
 from popax.adapters.peft_native import PREFIX, native, read_native
+from popax.atomic import new_directory
 from popax.errors import PeftError
 from popax.types import AdapterState, SiteInfo
 
@@ -161,29 +159,16 @@ def _write_directory(directory: Path, files: Mapping[str, bytes], overwrite: boo
             raise PeftError(
                 f"{directory} is not a PEFT directory alone ({', '.join(others) or 'a link'}): remove it first"
             )
-    fresh, old = (directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.{role}") for role in ("new", "old"))
     try:
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        for name, data in files.items():
-            with (fresh / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        if directory.exists():
-            directory.rename(old)
-        try:
-            fresh.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
+        with new_directory(directory, replace=True) as fresh:
+            fresh.mkdir()
+            for name, data in files.items():
+                with (fresh / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
     except OSError as error:
         raise PeftError(f"cannot write {directory}: {error}; nothing was written") from error
-    finally:
-        for leftover in (fresh, old):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(leftover)
     return directory
 
 

@@ -6,6 +6,7 @@ from popax.adapters import bias, conditioned, delta_mem, dora, ia3, lora, lora_x
 from popax.adapters.base import AdapterConfig
 from popax.adapters.method import AdapterMethod
 from popax.errors import ConfigError
+from popax.named import is_reference, load_named
 
 METHODS: dict[str, AdapterMethod] = {
     method.name: method
@@ -35,9 +36,7 @@ ROWS: dict[str, AdapterConfig] = {
 
 def method_of(config: AdapterConfig) -> AdapterMethod:
     """The row for this config. Raises ConfigError on an unknown method, and on a start or option it does not have."""
-    if config.method not in METHODS:
-        raise ConfigError(f"method={config.method!r} is unknown; the table has {', '.join(METHODS)}")
-    method = METHODS[config.method]
+    method = row_of(config.method)
     if config.init not in method.inits:
         raise ConfigError(f"init={config.init!r}: {method.name} has {', '.join(method.inits)}")
     if config.dropout and not method.drops:
@@ -46,9 +45,26 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
     return method if method.variant is None else method.variant(config)
 
 
+def row_of(name: str) -> AdapterMethod:
+    """The table's row of this name, or the AdapterMethod that a "module:name" of one's own names. Raises ConfigError.
+
+    A revision keeps the name: whoever reads it needs the module too.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not is_reference(name):
+        raise ConfigError(
+            f"method={name!r} is unknown; the table has {', '.join(METHODS)}, and your own is 'module:name'"
+        )
+    method = load_named(name, "AdapterConfig.method")
+    if not isinstance(method, AdapterMethod):
+        raise ConfigError(f"method={name!r} is {method!r}: an AdapterMethod (popax.adapters.method), as in lora.py")
+    return method
+
+
 def options_of(config: AdapterConfig) -> Any:
     """The method's own options. Raises ConfigError on one that it does not have, or with a value it cannot take."""
-    options = METHODS[config.method].options
+    options = row_of(config.method).options
     fields = options.__dataclass_fields__
     for name, value in config.options:
         if name not in fields:

@@ -20,9 +20,9 @@ from popax.errors import ConfigError
 from popax.evaluation.columns import bits_per_byte
 from popax.evaluation.dispatch import Classifier, ClassifierConfig, features, fitted
 from popax.modeling.base import Base
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.objectives.sft import sft
-from popax.population.mixing import CEMConfig, Experts, generation, gradient_step, mixed_loss, side_by_side, start
+from popax.population.mixing import AdapterBasis, CEMConfig, generation, gradient_step, mixed_loss, side_by_side, start
 from popax.training.config import TrainConfig
 from popax.trees import member
 from popax.types import Batch
@@ -61,7 +61,7 @@ class Mixer(NamedTuple):
 
     search: Callable[..., Any]
     descend: Callable[..., Any]
-    score: Callable[..., Sums]
+    score: Callable[..., LossSums]
 
 
 def bench_mixing(
@@ -152,7 +152,7 @@ def verdict(figures: dict[str, Any]) -> str:
 
 def _experts(
     base: Base, pipeline: UserPipeline, users: Sequence[str], adapter: AdapterConfig, train: TrainConfig
-) -> Experts:
+) -> AdapterBasis:
     cohort = Cohort.of(adapter, base.model.sites())
     who = members_of(CurveConfig(users=len(users), seeds=1, rates=(1.0,)), users)
     trained = train_members(base, pipeline, who, cohort, dataclasses.replace(train, adapter=adapter, slots=len(users)))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 import popax
+from popax.atomic import write_text
 from popax.version import commit
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore")
@@ -42,15 +43,7 @@ def write_report(
         "figures": _plain(figures),
         "rows": _plain(rows),
     }
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
     return report
 
 

@@ -85,8 +85,8 @@ def base_only(model: Model, *, remat: Remat = "none") -> Callable[[Params, jax.A
     def gradient(params: Params, x_NxBxTxD: jax.Array, batch: Batch) -> jax.Array:
         def one(x_BxTxD: jax.Array, own: Batch) -> jax.Array:
             hidden_BxTxD = model.batch_hidden(params, own, embedded_BxTxD=x_BxTxD, remat=remat)
-            nats_BxT = cross_entropy(model.logits(params, hidden_BxTxD), own.targets_BxT) * own.weights_BxT
-            return jnp.sum(nats_BxT) / jnp.maximum(jnp.sum(own.weights_BxT), 1.0)
+            nll_BxT = cross_entropy(model.logits(params, hidden_BxTxD), own.targets_BxT) * own.weights_BxT
+            return jnp.sum(nll_BxT) / jnp.maximum(jnp.sum(own.weights_BxT), 1.0)
 
         return jax.grad(lambda x: jnp.sum(jax.vmap(one)(x, batch)))(x_NxBxTxD)
 
@@ -207,7 +207,7 @@ class _Runners:
     def change_users(self) -> None:
         """Seat another user in every slot, as a stream does between rounds."""
         shifted = member(self.state, jnp.int32(0))
-        self.state = self._setup.programs.seat(self.state, jnp.int32(self._setup.config.users - 1), shifted)
+        self.state = self._setup.programs.insert_member(self.state, jnp.int32(self._setup.config.users - 1), shifted)
 
     def _population(self) -> Any:
         self.state, metrics = self._setup.programs.step(

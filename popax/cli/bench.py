@@ -2,7 +2,7 @@
 
 NAME = "bench"
 HELP = "Measure this machine; every number in the documentation comes from here."
-EXAMPLE = "popax bench train --gin_file configs/models/bench_25m.gin --json bench.json"
+EXAMPLE = "popax bench train --json bench.json"
 
 COMMANDS = {
     "catalog": "popax.cli.bench_catalog",

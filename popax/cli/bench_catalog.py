@@ -4,14 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_MODEL, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "catalog"
 HELP = "Build a catalog of many users, time commits and loads, audit every revision, and compare ways of storing."
 EXAMPLE = (
-    "popax bench catalog --gin_file configs/models/bench_25m.gin --users 50000 --json bench_catalog.json\n"
-    "  popax bench catalog --gin_file configs/models/bench_25m.gin --users 1000000 --place /data/catalog"
+    "popax bench catalog --users 50000 --json bench_catalog.json\n"
+    "  popax bench catalog --users 1000000 --place /data/catalog"
 )
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.report import write_report
     from popax.modeling.config import ModelConfig
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_MODEL)
     overrides = {} if args.users is None else {"users": args.users}
     model, config = door.build(ModelConfig), door.build(BenchCatalogConfig, **overrides)
     figures, rows = bench_catalog(model, config, place=Path(args.place) if args.place else None)

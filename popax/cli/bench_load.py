@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_MODEL, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "load"
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.report import write_report
     from popax.modeling.config import ModelConfig
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_MODEL)
     model, config = door.build(ModelConfig), door.build(BenchLoadConfig)
 
     def say(line: str) -> None:

@@ -5,12 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_MODEL, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "residency"
 HELP = "Send a trace of requests through slots and host tier: hit rates beside a simulated LRU's, answers checked."
-EXAMPLE = "popax bench residency --gin_file configs/models/bench_25m.gin --json bench_residency.json"
+EXAMPLE = "popax bench residency --json bench_residency.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.residency import BenchResidencyConfig, bench_residency
     from popax.modeling.config import ModelConfig
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_MODEL)
     overrides = {} if args.users is None else {"users": args.users}
     model, config = door.build(ModelConfig), door.build(BenchResidencyConfig, **overrides)
 

@@ -2,12 +2,12 @@
 
 import argparse
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_SERVE, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "serve"
 HELP = "Serve many users under load: decoding beside the base alone, Zipf traces, cold users' effect, churn and leaks."
-EXAMPLE = "popax bench serve --gin_file configs/runs/bench_serve.gin --json bench_serve.json"
+EXAMPLE = "popax bench serve --json bench_serve.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.modeling.config import ModelConfig
     from popax.serving.programs import EngineShapes
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_SERVE)
     model, config, shapes = door.build(ModelConfig), door.build(BenchServeConfig), door.build(EngineShapes)
     figures = bench_serve(model, config, shapes)
     for name, value in figures.items():

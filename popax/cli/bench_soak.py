@@ -2,12 +2,12 @@
 
 import argparse
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_SERVE, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "soak"
 HELP = "Serve at a part of capacity while clients are killed and slots run short; errors and latencies."
-EXAMPLE = "popax bench soak --gin_file configs/runs/bench_serve.gin --json bench_soak.json"
+EXAMPLE = "popax bench soak --json bench_soak.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.serve.soak import BenchSoakConfig, bench_soak
     from popax.modeling.config import ModelConfig
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_SERVE)
     model, config = door.build(ModelConfig), door.build(BenchSoakConfig)
     flags = [text for name in args.gin_file for text in ("--gin_file", name)]
     flags += [text for value in args.gin_param for text in ("--gin_param", value)]

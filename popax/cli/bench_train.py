@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from popax.cli.gin_door import add_arguments, open_door
+from popax.cli.gin_door import BENCH_MODEL, add_arguments, open_door
 from popax.cli.main import add_json
 
 NAME = "train"
 HELP = "Time the population step against base-only forward + input gradient, and against the users one by one."
 EXAMPLE = (
-    "popax bench train --gin_file configs/models/bench_25m.gin --json bench_train.json\n"
+    "popax bench train --json bench_train.json\n"
     "  popax bench train --toy --json toy.json\n"
     "  popax bench train --methods lora lora_xs svf --users 4096 --json methods_train.json"
 )
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from popax.bench.train import TOY, BenchTrainConfig, bench_toy, bench_train
     from popax.modeling.config import ModelConfig
 
-    door = open_door(args)
+    door = open_door(args, model=BENCH_MODEL)
     config = door.build(BenchTrainConfig)
     named = args.gin_file or args.gin_param
     model = door.build(ModelConfig) if named or not (args.toy or args.methods) else TOY

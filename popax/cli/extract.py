@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 
+from popax.atomic import write_text
 from popax.cli.keys import add_trust, trust_of
-from popax.cli.main import add_json, write_output
+from popax.cli.main import add_json
 from popax.cli.users.shared import which
 
 NAME = "extract"
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         record = {"directory": str(directory), "config": found.config.to_dict(), "provenance": found.provenance}
-        write_output(args.json, json.dumps(record, indent=2) + "\n")
+        write_text(args.json, json.dumps(record, indent=2) + "\n")
     print(
         f"{directory}: {found.config.method} of {len(found.specs)} sites, base {found.provenance['base_digest'][:12]}"
     )

@@ -4,9 +4,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from popax.atomic import write_text
 from popax.cli.base import add_base, base_of
 from popax.cli.keys import add_trust, trust_of
-from popax.cli.main import add_json, write_output
+from popax.cli.main import add_json
 from popax.cli.processes import add_processes, open_mesh
 from popax.cli.users.shared import which
 
@@ -107,7 +108,7 @@ def _run(args: argparse.Namespace, mesh: "Mesh | None") -> int:
     if not ProcessGroup.current().leads:
         return 0
     if args.json:
-        write_output(args.json, json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n")
+        write_text(args.json, json.dumps([row._asdict() for row in rows], indent=2, ensure_ascii=False) + "\n")
     for row in rows:
         print(f"[{row.name}] {row.prompt}{row.text}")
     return 0

@@ -9,8 +9,10 @@ import contextlib
 import importlib
 import importlib.resources
 import inspect
+import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +21,12 @@ import gin
 import gin.config
 
 import popax
+from popax.atomic import write_text
 from popax.errors import ConfigError, PopaxError
 
 T = TypeVar("T")
+# What a benchmark is of where nothing else is asked for.
+BENCH_MODEL, BENCH_SERVE = "models/bench_25m.gin", "runs/bench_serve.gin"
 
 # What gin files may set, by its short name: `AdapterConfig.rank = 8`, `TrainConfig.optimizer = @adamw()`.
 CONFIGURABLES: tuple[str, ...] = (
@@ -68,6 +73,8 @@ CONFIGURABLES: tuple[str, ...] = (
     "popax.plan.config:PlanConfig",
     "popax.plan.config:MeshShape",
 )
+# Keys of older gin files, and what they are called now.
+RENAMED = {"TrainConfig.keep_optimizer": "TrainConfig.save_optimizer_state"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +96,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_door(args: argparse.Namespace, configurables: Iterable[str] = CONFIGURABLES) -> "GinDoor":
-    """Parse what the flags of `add_arguments` name. Raises ConfigError on a file, class or key that does not exist."""
-    return GinDoor(args.gin_file, args.gin_param, configurables)
+def open_door(
+    args: argparse.Namespace, configurables: Iterable[str] = CONFIGURABLES, *, model: str | None = None
+) -> "GinDoor":
+    """Parse what the flags of `add_arguments` name. Raises ConfigError on a file, class or key that does not exist.
+
+    model: the gin file of the model that a command takes where these name none.
+    """
+    door = GinDoor(args.gin_file, args.gin_param, configurables)
+    if model is None or _sets_a_model():
+        return door
+    return GinDoor([model, *args.gin_file], args.gin_param, configurables)
+
+
+def _sets_a_model() -> bool:
+    try:
+        gin.query_parameter("ModelConfig.vocab_size")
+    except ValueError:
+        return False
+    return True
 
 
 class GinDoor:
@@ -103,7 +126,7 @@ class GinDoor:
             _register(reference)
         paths = [find_gin_file(name) for name in files]
         with _search_path():
-            _parse(paths, list(params))
+            _parse(paths, [_renamed(param) for param in params])
 
     def build(self, target: Callable[..., T], *, scope: str | None = None, **overrides: Any) -> T:
         """target(**bindings, **overrides); overrides win.
@@ -130,10 +153,7 @@ class GinDoor:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `operative.gin` into the run's directory; running with it again gives the same configuration."""
         path = Path(directory) / "operative.gin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".gin.partial")
-        partial.write_text(f"# popax {popax.__version__}\n{self.operative()}", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, f"# popax {popax.__version__}\n{self.operative()}")
         return path
 
 
@@ -167,11 +187,25 @@ def _search_path() -> Iterator[None]:
     prefixes, readers = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
     before = list(prefixes), list(readers)
     prefixes[:] = ["", *map(str, _config_folders())]
-    readers[:] = [(open, os.path.isfile)]
+    readers[:] = [(_open_renamed, os.path.isfile)]
     try:
         yield
     finally:
         prefixes[:], readers[:] = before
+
+
+def _open_renamed(path: str) -> io.StringIO:
+    """The file's text, with today's keys; gin reads it as a file."""
+    with open(path, encoding="utf-8") as file:
+        return io.StringIO(_renamed(file.read()))
+
+
+def _renamed(text: str) -> str:
+    for old, new in RENAMED.items():
+        if re.search(rf"\b{re.escape(old)}\b", text):
+            print(f"gin: {old} is {new} now", file=sys.stderr)
+            text = re.sub(rf"\b{re.escape(old)}\b", new, text)
+    return text
 
 
 def _register(reference: str) -> None:

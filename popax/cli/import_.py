@@ -4,8 +4,9 @@ import argparse
 import json
 import os
 
+from popax.atomic import write_text
 from popax.cli.keys import add_sign, signer_of
-from popax.cli.main import add_json, write_output
+from popax.cli.main import add_json
 
 NAME = "import"
 HELP = "Commit a Hugging Face PEFT directory to a catalog, as the user's next revision."
@@ -45,6 +46,6 @@ def run(args: argparse.Namespace) -> int:
     source = {"directory": os.path.basename(os.path.abspath(args.directory)), **directory_digests(args.directory)}
     manifest = catalog.commit(stored, args.user, adapter, provenance={"imported": source})
     if args.json:
-        write_output(args.json, json.dumps(manifest.to_dict(), indent=2) + "\n")
+        write_text(args.json, json.dumps(manifest.to_dict(), indent=2) + "\n")
     print(f"{manifest.shown}: {config.method} of {len(cohort.specs)} sites, base {base.digest[:12]}")
     return 0

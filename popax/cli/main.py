@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 import popax
@@ -109,18 +108,6 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json PATH, for commands whose numbers a script may want."""
     parser.add_argument("--json", metavar="PATH", help="also write the result as JSON")
-
-
-def write_output(path: str, text: str) -> None:
-    """A result file that is whole or absent; its folders are made."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _add_command(subparsers, command: ModuleType) -> None:

@@ -4,8 +4,9 @@ import argparse
 import os
 from pathlib import Path
 
+from popax.atomic import write_text
 from popax.cli.gin_door import GinDoor
-from popax.cli.main import add_json, write_output
+from popax.cli.main import add_json
 
 NAME = "methods"
 HELP = "The size of a user's adapter with each method on these bases, and the chips that hold a million of them."
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     table = markdown(rows)
     print(table, end="")
     if args.output:
-        write_output(args.output, table)
+        write_text(args.output, table)
     if args.json:
         figures = {"smallest_bytes_per_user": min(row.bytes_per_user for row in rows)}
         config = {"models": args.models, "dtype": args.dtype}

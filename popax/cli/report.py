@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from popax.cli.main import write_output
+from popax.atomic import write_text
 from popax.errors import ConfigError
 
 NAME = "report"
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         print(text)
         return 0
-    write_output(args.output, text + "\n")
+    write_text(args.output, text + "\n")
     return 0
 
 

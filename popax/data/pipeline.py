@@ -56,9 +56,16 @@ class _User(NamedTuple):
 class UserPipeline:
     """Rows of token ids for one user or many; every method is a pure function of its arguments, from any thread."""
 
-    def __init__(self, dataset: UserDataset, tokenizer: Tokenizer, config: PipelineConfig):
+    def __init__(self, dataset: UserDataset, tokenizer: Tokenizer, config: PipelineConfig, *, at_once: int = 0):
+        """at_once: users who are read again and again; that many stay in memory, whatever `cached_users` is."""
         self.dataset, self.tokenizer, self.config = dataset, tokenizer, config
-        self._user = functools.lru_cache(config.cached_users)(self._read_user)
+        self._user = functools.lru_cache(max(config.cached_users, at_once))(self._read_user)
+
+    def for_users(self, at_once: int) -> "UserPipeline":
+        """The same rows, with room for so many users; this one where it has it."""
+        if at_once <= self._user.cache_parameters()["maxsize"]:
+            return self
+        return UserPipeline(self.dataset, self.tokenizer, self.config, at_once=at_once)
 
     def rows(self, user: str, split: str) -> Batch:
         """All rows [M, T] of one part of the user's time; M may be 0."""
@@ -79,12 +86,21 @@ class UserPipeline:
             )
         return cast(Batch, user_data.batches[step])
 
-    def population(self, users: Sequence[str | None], steps: Sequence[int]) -> Batch:
-        """[N, B, T]: `batch(users[i], steps[i])` in slot i; padding where users[i] is None."""
+    def population(self, users: Sequence[str | None], steps: Sequence[int], accumulate: int = 1) -> Batch:
+        """[N, B, T]: `batch(users[i], steps[i])` in slot i; padding where users[i] is None.
+
+        accumulate: above 1 a step has so many batches, [N, A, B, T]; step s of a user has their batches s * A and on.
+        """
         empty = zero_batch(self.config.batch_size, self.config.seq_len)
-        return _stack(
-            [empty if user is None else self.batch(user, step) for user, step in zip(users, steps, strict=True)]
-        )
+
+        def at(part: int) -> Batch:
+            rows = [
+                empty if user is None else self.batch(user, step * accumulate + part)
+                for user, step in zip(users, steps, strict=True)
+            ]
+            return _stack(rows)
+
+        return at(0) if accumulate == 1 else _stack([at(part) for part in range(accumulate)], axis=1)
 
     def evaluation(self, users: Sequence[str | None], split: str, max_rows: int | None = None) -> Batch:
         """[N, M, T]: each user's first max_rows rows of the split, padded to the longest; M is at least 1."""
@@ -196,8 +212,8 @@ def _take(batch: Batch, rows: np.ndarray | int | slice) -> Batch:
     return Batch._make(leaf[rows] for leaf in batch)
 
 
-def _stack(batches: Sequence[Batch]) -> Batch:
-    return Batch._make(np.stack(leaves) for leaves in zip(*batches, strict=True))
+def _stack(batches: Sequence[Batch], axis: int = 0) -> Batch:
+    return Batch._make(np.stack(leaves, axis) for leaves in zip(*batches, strict=True))
 
 
 def _pad(batch: Batch, rows: int) -> Batch:

@@ -11,7 +11,7 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.errors import DataError
 from popax.memo import built_once
-from popax.objectives.base import Objective, Sums
+from popax.objectives.base import LossSums, Objective
 from popax.population.step import population_loss
 from popax.types import NO_ADAPT, AdapterState, Batch, Params
 
@@ -49,20 +49,20 @@ class EvalConfig:
     max_rows: int | None = None
 
 
-def bits_per_byte(sums: Sums) -> np.ndarray:
-    """nats / (ln 2 * bytes); NaN without bytes. Comparable over tokenizers, unlike nats per token."""
-    nats, count = np.asarray(sums.nats, np.float64), np.asarray(sums.target_bytes, np.float64)
-    return np.divide(nats, math.log(2) * count, out=np.full_like(nats, np.nan), where=count > 0)
+def bits_per_byte(sums: LossSums) -> np.ndarray:
+    """nll / (ln 2 * bytes); NaN without bytes. Comparable over tokenizers, unlike nats per token."""
+    nll, count = np.asarray(sums.nll, np.float64), np.asarray(sums.target_bytes, np.float64)
+    return np.divide(nll, math.log(2) * count, out=np.full_like(nll, np.nan), where=count > 0)
 
 
 @built_once
-def _adapted(cohort: Cohort, objective: Objective) -> Callable[..., Sums]:
+def _adapted(cohort: Cohort, objective: Objective) -> Callable[..., LossSums]:
     return jax.jit(population_loss(cohort, objective))
 
 
 @built_once
-def _plain(objective: Objective) -> Callable[[Params, Batch], Sums]:
-    return jax.jit(jax.vmap(lambda params, batch: objective(params, NO_ADAPT, batch)[1], in_axes=(None, 0)))
+def _plain(objective: Objective) -> Callable[[Params, Batch], LossSums]:
+    return jax.jit(jax.vmap(lambda params, batch: objective(params, NO_ADAPT, batch, None)[2], in_axes=(None, 0)))
 
 
 class Scorer:
@@ -72,17 +72,17 @@ class Scorer:
         self._base, self._shared, self._config = base, shared, config
         self._adapted, self._plain = _adapted(cohort, objective), _plain(objective)
 
-    def base_sums(self, data: HeldOut, users: Sequence[str]) -> Sums:
+    def base_sums(self, data: HeldOut, users: Sequence[str]) -> LossSums:
         """The base alone on each user's text; leaves are [users]."""
         return self._over_groups(data, users, lambda group, batch: self._plain(self._base, batch))
 
     def adapter_sums(
         self, data: HeldOut, users: Sequence[str], adapters_of: Callable[[Sequence[str]], AdapterState]
-    ) -> Sums:
+    ) -> LossSums:
         """adapters_of(group) gives the stacked adapters, [N, ...], to score on the group's own text."""
         cache: dict[tuple[str, ...], AdapterState] = {}
 
-        def score(group: tuple[str, ...], batch: Batch) -> Sums:
+        def score(group: tuple[str, ...], batch: Batch) -> LossSums:
             if group not in cache:
                 cache.clear()
                 cache[group] = adapters_of(group)
@@ -90,7 +90,7 @@ class Scorer:
 
         return self._over_groups(data, users, score)
 
-    def _over_groups(self, data: HeldOut, users: Sequence[str], score: Callable[..., Sums]) -> Sums:
+    def _over_groups(self, data: HeldOut, users: Sequence[str], score: Callable[..., LossSums]) -> LossSums:
         totals = []
         for start in range(0, len(users), self._config.group):
             real = tuple(users[start : start + self._config.group])
@@ -100,7 +100,7 @@ class Scorer:
             sums = [score(group, chunk) for chunk in row_chunks(batch, self._config.rows)]
             total = jax.tree.map(lambda *parts: np.sum([np.asarray(part) for part in parts], axis=0), *sums)
             keep = slice(len(real))
-            totals.append(Sums(*(leaf[keep] for leaf in total)))
+            totals.append(LossSums(*(leaf[keep] for leaf in total)))
         if not totals:
             raise DataError("no users to evaluate: the list is empty")
         return jax.tree.map(lambda *parts: np.concatenate(parts), *totals)

@@ -55,7 +55,7 @@ def by_prompt(
 @functools.partial(jax.jit, static_argnums=0)
 def _logps(model: Model, params: Params, tokens_KxT, targets_KxT, weights_KxT) -> jax.Array:
     x_KxTxD, _ = model.hidden(params, tokens_KxT)
-    return -jnp.sum(model.target_nats(params, x_KxTxD, targets_KxT) * weights_KxT, axis=1)
+    return -jnp.sum(model.token_nll(params, x_KxTxD, targets_KxT) * weights_KxT, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -109,7 +109,7 @@ def _attend(
     batch, kv_heads, groups, length, dim = q_BxKxGxTxd.shape
     scale = 1 / math.sqrt(dim) if scale is None else scale
     # The queries of a group as further rows: one product for each kv head. The partitioner cannot say of such rows that
-    # they are cut along the tokens, and would bring all of them to each device.
+    # they are sharded along the sequence, and would bring all of them to each device.
     rows = q_BxKxGxTxd if cut else q_BxKxGxTxd.reshape(batch, kv_heads, groups * length, dim)
     scores = jnp.einsum("bk...d,bksd->bk...s", rows, k_BxKxSxd, preferred_element_type=jnp.float32)
     scores_BxKxGxTxS = scores.reshape(batch, kv_heads, groups, length, -1) * jnp.float32(scale)

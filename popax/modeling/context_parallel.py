@@ -54,7 +54,7 @@ def token_by_token(
     """function(x [B, T, D], everybody's weights, targets [B, T]) -> [B, T], each device doing its own tokens.
 
     For a function that makes rows of all tokens: the partitioner cannot say of such rows that they are cut along users
-    and along tokens, and would do all of them on every device.
+    and along the sequence, and would do all of them on every device.
     """
 
     def call(x: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:

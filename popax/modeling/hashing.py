@@ -5,14 +5,15 @@ So each process hashes a share, they tell each other, and the first of them note
 files' sizes and times of change. As long as these are the same the notes are believed and nothing is hashed.
 """
 
+import contextlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from popax.atomic import write_text
 from popax.distributed.group import ProcessGroup
 from popax.modeling.tensor_files import StoredTensor
 
@@ -90,9 +91,5 @@ def _write_notes(directory: Path, files: dict[str, list[int]], hashes: Mapping[s
     changed = _fingerprints(directory / name for name in files) != files
     if changed or max(mark[1] for mark in files.values()) > time.time_ns() - SETTLED_NS:
         return
-    partial = directory / f".{NOTES}.{os.getpid()}.partial"
-    try:
-        partial.write_text(json.dumps({"format": FORMAT, "files": files, "sha256": hashes}, indent=0), encoding="utf-8")
-        os.replace(partial, directory / NOTES)
-    except OSError:
-        partial.unlink(missing_ok=True)  # somebody else's directory: it is hashed again next time
+    with contextlib.suppress(OSError):  # somebody else's directory: it is hashed again next time
+        write_text(directory / NOTES, json.dumps({"format": FORMAT, "files": files, "sha256": hashes}, indent=0))

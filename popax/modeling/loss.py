@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from popax.kernels.cross_entropy import target_nats
+from popax.kernels.cross_entropy import token_nll
 from popax.modeling.context_parallel import token_by_token
 from popax.sharding import ShardingRules
 
@@ -25,4 +25,4 @@ def frozen_head_nats(
     rules: as in Model; x [B, T, D] may be cut along its tokens. weight: [V, D] where vocab_first, else [D, V]. A
     gradient with respect to it raises NotImplementedError.
     """
-    return token_by_token(functools.partial(target_nats, vocab_first=vocab_first), rules)(x, weight, targets)
+    return token_by_token(functools.partial(token_nll, vocab_first=vocab_first), rules)(x, weight, targets)

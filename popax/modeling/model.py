@@ -276,7 +276,7 @@ class Model:
         """Hidden states [..., D] to float32 logits [..., V]."""
         return self._ends(params).logits(x, adapt.outer).astype(jnp.float32)
 
-    def target_nats(
+    def token_nll(
         self, params: Params, x: jax.Array, targets: jax.Array, adapt: Adapt = NO_ADAPT, *, frozen: bool = True
     ) -> jax.Array:
         """-log p(target) in nats: hidden states [..., D] and targets [...] to [...] float32.
@@ -284,7 +284,7 @@ class Model:
         frozen: the head is not trained, so its logits need not exist; NotImplementedError where a gradient with respect
         to it is asked for nevertheless. A head that an adapter acts on is each user's own, and has its logits.
         """
-        return self._ends(params).target_nats(x, targets, adapt.outer, self.rules, frozen=frozen)
+        return self._ends(params).token_nll(x, targets, adapt.outer, self.rules, frozen=frozen)
 
     def __call__(self, params: Params, tokens_BxT: jax.Array, **options: Unpack[ForwardOptions]) -> jax.Array:
         """float32 logits [B, T, V]; the arguments are those of `forward`."""

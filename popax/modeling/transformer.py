@@ -88,7 +88,7 @@ class Ends(nnx.Module):
     def logits(self, x: jax.Array, site_fn: SiteFn) -> jax.Array:
         return self.embed.attend(x) if self.lm_head is None else self.lm_head(x, site_fn)
 
-    def target_nats(
+    def token_nll(
         self, x: jax.Array, targets: jax.Array, site_fn: SiteFn, rules: ShardingRules, *, frozen: bool
     ) -> jax.Array:
         if frozen and self.lm_head is None:

@@ -8,7 +8,7 @@ from popax.adapters.base import AdapterConfig
 from popax.errors import ConfigError
 from popax.modeling.remat import Remat, check_remat
 from popax.plan.topology import Topology, parse_topology
-from popax.population.optimizer import Optimizer, adamw
+from popax.population.optimizer import Optimizer, adamw, as_optimizer
 from popax.sharding import DEFAULT_RULES, MeshAxes, ShardingRules
 
 StepName = Literal["train", "prefill", "decode"]
@@ -88,6 +88,7 @@ class PlanConfig:
             own = self.slice.devices // self.slices
             object.__setattr__(self, "mesh", MeshShape(population=self.slices, fsdp=own))
         check_remat(self.remat, "PlanConfig")
+        object.__setattr__(self, "optimizer", as_optimizer(self.optimizer))
         self._check_numbers()
         self._check_meshes()
         unknown = sorted({name for name, _ in self.rules} - set(dict(DEFAULT_RULES)))

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
+from popax.population.optimizer import StandardOptimizer, of_rate
+
 # What was recorded of schedules while they were closures (to commit 5570f37): a name, without their arguments.
 _FORMER = {
     "constant_factor": "constant.<locals>.<lambda>",
@@ -20,6 +22,10 @@ def described(function: Callable[..., Any], *, depth: int = 0) -> Any:
 
     Two functions that differ in their code alone have one description.
     """
+    if isinstance(function, StandardOptimizer):
+        return {"name": function.name, **{name: _value(value, depth) for name, value in function.settings}}
+    if isinstance(function, functools.partial) and function.func is of_rate:
+        return described(function.keywords["made_by"], depth=depth)
     if isinstance(function, functools.partial):
         name, inner = _named(described(function.func, depth=depth))
         positional = {str(at): _value(value, depth) for at, value in enumerate(function.args)}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from popax.errors import ConfigError, PopulationError
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.population.state import Best, PopulationState
 
 
@@ -24,7 +24,7 @@ class EarlyStop:
             raise ConfigError(f"every={self.every}, patience={self.patience}: both are at least 1")
 
 
-def observe(rule: EarlyStop, state: PopulationState, validation: Sums) -> PopulationState:
+def observe(rule: EarlyStop, state: PopulationState, validation: LossSums) -> PopulationState:
     """Take a validation into account, for N users at once.
 
     A user whose loss improves keeps this adapter as the best; one that has not improved for `patience` validations
@@ -35,11 +35,11 @@ def observe(rule: EarlyStop, state: PopulationState, validation: Sums) -> Popula
     return jax.vmap(lambda member, sums: _observe_one(rule, member, sums))(state, validation)
 
 
-def _observe_one(rule: EarlyStop, member: PopulationState, validation: Sums) -> PopulationState:
+def _observe_one(rule: EarlyStop, member: PopulationState, validation: LossSums) -> PopulationState:
     best = member.best
     assert best is not None
     unknown = validation.targets == 0
-    loss = validation.nats / jnp.maximum(validation.targets, 1.0)
+    loss = validation.nll / jnp.maximum(validation.targets, 1.0)
     better = unknown | (loss < best.loss - rule.min_delta)
     # Each step of a member counts once: a finished member, or an unused slot, meets later validations unchanged.
     take = member.step > best.checked

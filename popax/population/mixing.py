@@ -19,11 +19,11 @@ from popax.adapters.changes import as_leaves, layers_of, total
 from popax.adapters.cohort import Cohort
 from popax.adapters.compose import Part
 from popax.errors import ComposeError
-from popax.objectives.base import Objective, SumsT
+from popax.objectives.base import Objective, mean_of
 from popax.types import AdapterState, Batch, Params
 
 
-class Experts(NamedTuple):
+class AdapterBasis(NamedTuple):
     """Adapters beside each other, as one LoRA. expert_R: {site: whose each column is}. rows: {site: the row of the
     coefficients at each of its layers}; depth: how many rows there are, one a layer of the model and one for what is
     outside of them, if anything is adapted there.
@@ -37,7 +37,7 @@ class Experts(NamedTuple):
     depth: int
 
 
-def side_by_side(parts: Sequence[Part]) -> Experts:
+def side_by_side(parts: Sequence[Part]) -> AdapterBasis:
     """The experts of a mix, of one base and any methods whose deltas add; their weights are left out of it.
 
     Raises ComposeError without experts, and where one acts on routed experts.
@@ -61,28 +61,30 @@ def side_by_side(parts: Sequence[Part]) -> Experts:
     depth = layers + any(not info.layers for info in infos.values())
     rank = max(spec.rank for spec in specs)
     cohort = Cohort(AdapterConfig(rank=rank, alpha=1.0, alpha_rule="constant"), tuple(specs))
-    return Experts(cohort, adapter, expert_R, rows, len(parts), depth)
+    return AdapterBasis(cohort, adapter, expert_R, rows, len(parts), depth)
 
 
-def mixed(experts: Experts, mix_MxK: jax.Array) -> AdapterState:
+def mixed(basis: AdapterBasis, mix_MxK: jax.Array) -> AdapterState:
     """The adapter of these coefficients, [depth, experts]."""
 
     def at(name: str) -> dict[str, jax.Array]:
-        a, b = experts.adapter[name]["a"], experts.adapter[name]["b"]
-        share_LxR = mix_MxK[experts.rows[name]][:, experts.expert_R[name]]
+        a, b = basis.adapter[name]["a"], basis.adapter[name]["b"]
+        share_LxR = mix_MxK[basis.rows[name]][:, basis.expert_R[name]]
         share = share_LxR if b.ndim == 3 else share_LxR[0]
         return {"a": a, "b": b * share[..., None].astype(b.dtype)}
 
-    return {name: at(name) for name in experts.adapter}
+    return {name: at(name) for name in basis.adapter}
 
 
 def mixed_loss(
-    experts: Experts, objective: Objective[Batch, SumsT]
-) -> Callable[[Params, jax.Array, Batch], tuple[jax.Array, SumsT]]:
-    """loss(base, mix [M, K], batch): the objective with the experts so mixed."""
+    basis: AdapterBasis, objective: Objective[Batch]
+) -> Callable[[Params, jax.Array, Batch], tuple[jax.Array, Any]]:
+    """(loss, metrics) of (base, mix [M, K], batch): the objective with the experts so mixed."""
 
-    def loss(base: Params, mix_MxK: jax.Array, batch: Batch) -> tuple[jax.Array, SumsT]:
-        return objective(base, bind(experts.cohort, mixed(experts, mix_MxK), {}), batch)
+    mean = mean_of(objective)
+
+    def loss(base: Params, mix_MxK: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+        return mean(base, bind(basis.cohort, mixed(basis, mix_MxK), {}), batch)
 
     return loss
 
@@ -120,22 +122,22 @@ class Search(NamedTuple):
     best_loss: jax.Array
 
 
-def start(experts: Experts, config: CEMConfig, key: jax.Array) -> Search:
+def start(basis: AdapterBasis, config: CEMConfig, key: jax.Array) -> Search:
     """Nothing is known yet."""
-    shape = (experts.depth, experts.count)
+    shape = (basis.depth, basis.count)
     mean, std = (jnp.full(shape, value, jnp.float32) for value in (config.mean, config.std))
     return Search(key, mean, std, mean, jnp.asarray(jnp.inf, jnp.float32))
 
 
 def generation(
-    experts: Experts, objective: Objective[Batch, Any], config: CEMConfig
+    basis: AdapterBasis, objective: Objective[Batch], config: CEMConfig
 ) -> Callable[[Params, Search, Batch], tuple[Search, jax.Array]]:
     """step(base, search, batch) -> (search, the candidates' losses [N]): one population step for ONE user's batch.
 
     The mean itself is a candidate. A candidate whose loss is not finite is never of the elite.
     """
 
-    loss = mixed_loss(experts, objective)
+    loss = mixed_loss(basis, objective)
 
     def step(base: Params, search: Search, batch: Batch) -> tuple[Search, jax.Array]:
         key, own = jax.random.split(search.key)
@@ -161,7 +163,7 @@ def generation(
 
 
 def gradient_step(
-    experts: Experts, objective: Objective[Batch, Any], optimizer: optax.GradientTransformation
+    basis: AdapterBasis, objective: Objective[Batch], optimizer: optax.GradientTransformation
 ) -> Callable[[Params, jax.Array, Any, Batch], tuple[jax.Array, Any, jax.Array]]:
     """step(base, mix [M, K], opt_state, batch) -> (mix, opt_state, loss): coefficients learnt by descent.
 
@@ -169,7 +171,7 @@ def gradient_step(
     (popax.objectives.entropy), which needs no targets, AdaMerging (arXiv 2310.02575). No coefficient is bounded.
     """
 
-    loss_of = mixed_loss(experts, objective)
+    loss_of = mixed_loss(basis, objective)
 
     def step(base: Params, mix_MxK: jax.Array, state: Any, batch: Batch) -> tuple[jax.Array, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(lambda mix: loss_of(base, mix, batch)[0])(mix_MxK)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,27 +10,77 @@ import numpy as np
 import optax
 
 from popax.errors import ConfigError
-from popax.memo import partial_of
+from popax.memo import built_once, partial_of
+from popax.types import HParams
 
-# learning rate (scalar array) -> any optax transformation. Its state must not depend on the learning rate.
-Optimizer = Callable[[jax.Array], optax.GradientTransformation]
+# A member's own settings -> any optax transformation. Its state must not depend on them.
+Optimizer = Callable[[HParams], optax.GradientTransformation]
 # (step, max_steps), scalar arrays -> factor on the user's learning rate.
 Schedule = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+
+
+class StandardOptimizer(NamedTuple):
+    """An Optimizer of this file: its name and settings, which a run's record keeps. A member who is given no b1, b2,
+    eps or weight_decay of their own has these (`settings_of`); the transformation looks at the member's."""
+
+    name: str
+    transform: Optimizer
+    settings: tuple[tuple[str, float | None], ...]
+
+    def __call__(self, own: HParams) -> optax.GradientTransformation:
+        return self.transform(own)
+
+
 def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
     """AdamW (arXiv 1711.05101). Decay acts on the user's own state only; a padded column is zero and stays zero."""
-    return partial_of(optax.adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _standard("adamw", _adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
 
 def sgd(*, momentum: float | None = None) -> Optimizer:
     """Plain gradient descent, with heavy-ball momentum where given."""
-    return partial_of(optax.sgd, momentum=momentum)
+    return _standard("sgd", partial_of(_sgd, momentum=momentum), momentum=momentum)
 
 
 def lion(*, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.0) -> Optimizer:
     """Lion (arXiv 2302.06675)."""
-    return partial_of(optax.lion, b1=b1, b2=b2, weight_decay=weight_decay)
+    return _standard("lion", _lion, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+@built_once
+def _standard(name: str, transform: Optimizer, **settings: float | None) -> StandardOptimizer:
+    return StandardOptimizer(name, transform, tuple(settings.items()))
+
+
+def _adamw(own: HParams) -> optax.GradientTransformation:
+    kept = _numbers(own)
+    return optax.adamw(
+        own.learning_rate, b1=kept["b1"], b2=kept["b2"], eps=kept["eps"], weight_decay=kept["weight_decay"]
+    )
+
+
+def _sgd(own: HParams, momentum: float | None) -> optax.GradientTransformation:
+    return optax.sgd(own.learning_rate, momentum=momentum)
+
+
+def _lion(own: HParams) -> optax.GradientTransformation:
+    kept = _numbers(own)
+    return optax.lion(own.learning_rate, b1=kept["b1"], b2=kept["b2"], weight_decay=kept["weight_decay"])
+
+
+def _numbers(own: HParams) -> dict[str, Any]:
+    """A made member's; optax's signatures say float, and its formulas take arrays."""
+    return own._asdict()
+
+
+def settings_of(optimizer: Optimizer, own: HParams) -> HParams:
+    """The member's settings, with the b1, b2, eps and weight_decay that they are not given from what the optimizer was
+    made with: Adam's where it does not say."""
+    made = dict(ADAM) | (dict(optimizer.settings) if isinstance(optimizer, StandardOptimizer) else {})
+    filled = {name: jnp.asarray(made[name], jnp.float32) for name in ADAM if getattr(own, name) is None}
+    return own._replace(**filled)
 
 
 def constant() -> Schedule:
@@ -77,18 +127,48 @@ def warmup_cosine_factor(step: jax.Array, max_steps: jax.Array, *, warmup_fracti
     return jnp.minimum(warm, floor + (1.0 - floor) * jnp.sin(0.5 * jnp.pi * jnp.clip(left, 0.0, 1.0)) ** 2)
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises ConfigError on what is no function of the user's learning rate: an optax transformation, for instance."""
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer, and that of a function whose first argument is named learning_rate or rate, as optax's own are.
+
+    Raises ConfigError on what is no function of a member's settings: an optax transformation, for instance.
+    """
+    if isinstance(optimizer, StandardOptimizer):
+        return optimizer
     if isinstance(optimizer, optax.GradientTransformation):
         raise ConfigError(
             "optimizer: an optax transformation has a rate of its own, and here each user has theirs; give the "
-            "function of it, such as popax.population.optimizer.adamw() or `lambda rate: optax.adamw(rate, b1=0.95)`"
+            "function of it, such as popax.population.optimizer.adamw() or "
+            "`lambda own: optax.adamw(own.learning_rate, b1=0.95)`"
         )
     if not _takes(optimizer, 1):
         raise ConfigError(
-            f"optimizer={optimizer!r}: a function of the learning rate that gives an optax transformation, such as "
-            "popax.population.optimizer.adamw() (adamw itself, without (), is none)"
+            f"optimizer={optimizer!r}: a function of a user's settings (popax.types.HParams) that gives an optax "
+            "transformation, such as popax.population.optimizer.adamw() (adamw itself, without (), is none)"
         )
+    if next(iter(inspect.signature(optimizer).parameters), "") in ("learning_rate", "rate"):
+        return partial_of(of_rate, made_by=optimizer)
+    try:
+        jax.eval_shape(lambda: _tried(optimizer))
+    except Exception as error:  # whatever a function of something else raises
+        raise ConfigError(
+            f"optimizer={optimizer!r} does not take a user's settings (popax.types.HParams: learning_rate, b1, ...): "
+            f"{type(error).__name__}: {error}; a function of the rate alone names its argument `rate`"
+        ) from error
+    return optimizer
+
+
+def of_rate(own: HParams, *, made_by: Callable[[Any], optax.GradientTransformation]) -> optax.GradientTransformation:
+    """The transformation that a function of the learning rate alone gives."""
+    return made_by(own.learning_rate)
+
+
+def _tried(optimizer: Optimizer) -> Any:
+    """A step of one number, to be traced."""
+    one = jnp.ones((2, 2), jnp.float32)
+    own = HParams(*(jnp.ones((), jnp.float32) for _ in HParams._fields))
+    with jax.numpy_dtype_promotion("standard"):
+        made = optimizer(own)
+        return made.update({"leaf": one}, made.init({"leaf": one}), {"leaf": one})[0]
 
 
 def check_schedule(schedule: Any) -> None:

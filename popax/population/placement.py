@@ -86,8 +86,8 @@ class Placement:
             lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (self.slots, *leaf.shape[1:])), local
         )
 
-    def seat(self, state: PopulationState, slot: jax.Array, one: PopulationState) -> PopulationState:
-        """The state with the member in the slot; compiled. one: what `seated` gives."""
+    def insert_member(self, state: PopulationState, slot: jax.Array, one: PopulationState) -> PopulationState:
+        """The state with the member in the slot; compiled. one: what `insertable` gives."""
         if self.mesh is None:
             return set_member(state, slot, one)
         block, place = jnp.divmod(slot, np.int32(self.block_size))
@@ -101,8 +101,8 @@ class Placement:
 
         return jax.tree.map(put, state, one)
 
-    def seated(self, slot: int, one: PopulationState | None, like: PopulationState) -> PopulationState:
-        """What `seat` takes: the member itself, or with a mesh [blocks, ...] of which the slot's block is the member.
+    def insertable(self, slot: int, one: PopulationState | None, like: PopulationState) -> PopulationState:
+        """What `insert_member` takes: the member, or with a mesh [blocks, ...] of which the slot's block is the member.
 
         one: None in a process that does not hold the slot. like: the population's state, for the shapes.
         """
@@ -127,15 +127,15 @@ class Placement:
         members = [None] * len(leaves) if one is None else jax.tree.leaves(one)
         return jax.tree.unflatten(structure, map(spread, leaves, members))
 
-    def take(self, state: Any, slot: jax.Array) -> Any:
+    def gather_member(self, state: Any, slot: jax.Array) -> Any:
         """The slot's member, or with a mesh the member at its place in every block [blocks, ...]; compiled."""
         if self.mesh is None:
             return member(state, slot)
         place = slot % np.int32(self.block_size)
         return jax.tree.map(lambda leaf: leaf.reshape(self.blocks, self.block_size, *leaf.shape[1:])[:, place], state)
 
-    def taken(self, members: T, slot: int) -> T:
-        """The one of `take`'s members that the slot's owner wants, still on its device."""
+    def gathered(self, members: T, slot: int) -> T:
+        """The one of `gather_member`'s members that the slot's owner wants, still on its device."""
         if self.mesh is None:
             return members
         held = set(self._devices[slot // self.block_size])

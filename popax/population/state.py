@@ -9,23 +9,9 @@ from jax.sharding import Mesh
 from popax.adapters.cohort import Cohort
 from popax.adapters.masters import masters, stored
 from popax.population.bounds import check_bounds
-from popax.population.optimizer import Optimizer
+from popax.population.optimizer import Optimizer, settings_of
 from popax.sharding import ShardingRules
-from popax.types import AdapterState
-
-
-class HParams(NamedTuple):
-    """One user's own settings. max_steps: the user stops being active after this many steps.
-
-    norm_budget: of the change of all weights together, which no step exceeds (popax.population.bounds). kl_weight: of
-    the divergence from the base in the loss, where the objective measures one.
-    """
-
-    learning_rate: jax.Array  # float32
-    clip_norm: jax.Array  # float32, inf never clips
-    max_steps: jax.Array  # int32
-    norm_budget: jax.Array  # float32, inf is none
-    kl_weight: jax.Array  # float32
+from popax.types import AdapterState, HParams
 
 
 class Best(NamedTuple):
@@ -69,15 +55,33 @@ def hparams(
     clip_norm: float = float("inf"),
     norm_budget: float = float("inf"),
     kl_weight: float = 0.0,
+    b1: float | None = None,
+    b2: float | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
 ) -> HParams:
-    """One user's settings as arrays. Raises ConfigError on a budget that is not above 0, and on a negative weight."""
+    """One user's settings as arrays; None is what the optimizer is made with, from `init_member` on.
+
+    Raises ConfigError on a budget that is not above 0, and on a negative weight.
+    """
     check_bounds(norm_budget, kl_weight)
+
+    def array(number: float) -> jax.Array:
+        return jnp.asarray(number, jnp.float32)
+
+    def unless_none(number: float | None) -> jax.Array | None:
+        return None if number is None else array(number)
+
     return HParams(
-        learning_rate=jnp.asarray(learning_rate, jnp.float32),
-        clip_norm=jnp.asarray(clip_norm, jnp.float32),
+        learning_rate=array(learning_rate),
+        b1=unless_none(b1),
+        b2=unless_none(b2),
+        eps=unless_none(eps),
+        weight_decay=unless_none(weight_decay),
+        clip_norm=array(clip_norm),
         max_steps=jnp.asarray(max_steps, jnp.int32),
-        norm_budget=jnp.asarray(norm_budget, jnp.float32),
-        kl_weight=jnp.asarray(kl_weight, jnp.float32),
+        norm_budget=array(norm_budget),
+        kl_weight=array(kl_weight),
     )
 
 
@@ -89,16 +93,17 @@ def init_member(
     *,
     adapter: AdapterState | None = None,
     track_best: bool = False,
-    keep_optimizer: bool = False,
+    save_optimizer_state: bool = False,
 ) -> PopulationState:
     """One user's state at step 0, fresh or from a given adapter (an earlier revision, or masters).
 
-    keep_optimizer: where the best adapter is tracked, so is the optimizer's state of that moment.
+    save_optimizer_state: where the best adapter is tracked, so is the optimizer's state of that moment.
     """
     init_key, own_key = jax.random.split(key)
+    settings = settings_of(optimizer, settings)
     adapter = masters(cohort.init(init_key) if adapter is None else adapter)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
-        opt_state = optimizer(settings.learning_rate).init(adapter)
+        opt_state = optimizer(settings).init(adapter)
     return PopulationState(
         step=jnp.zeros((), jnp.int32),
         active=settings.max_steps > 0,
@@ -107,7 +112,7 @@ def init_member(
         hparams=settings,
         rng=jax.random.key_data(own_key),
         skipped=jnp.zeros((), jnp.int32),
-        best=start_best(adapter, opt_state if keep_optimizer else None) if track_best else None,
+        best=start_best(adapter, opt_state if save_optimizer_state else None) if track_best else None,
     )
 
 
@@ -131,14 +136,16 @@ def init_population(
     settings: HParams,
     *,
     track_best: bool = False,
-    keep_optimizer: bool = False,
+    save_optimizer_state: bool = False,
 ) -> PopulationState:
     """N fresh members; settings' leaves are [N] or scalars shared by all."""
     population = keys_N.shape[0]
     settings = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (population,)), settings)
 
     def make(key: jax.Array, own: HParams) -> PopulationState:
-        return init_member(cohort, optimizer, key, own, track_best=track_best, keep_optimizer=keep_optimizer)
+        return init_member(
+            cohort, optimizer, key, own, track_best=track_best, save_optimizer_state=save_optimizer_state
+        )
 
     return jax.vmap(make)(keys_N, settings)
 
@@ -149,13 +156,13 @@ def empty_population(
     population: int,
     *,
     track_best: bool = False,
-    keep_optimizer: bool = False,
+    save_optimizer_state: bool = False,
 ) -> PopulationState:
     """N unused slots: inactive, adapters zero."""
     unused = hparams(learning_rate=0.0, max_steps=0)
     fill = jax.eval_shape(
         lambda keys: init_population(
-            cohort, optimizer, keys, unused, track_best=track_best, keep_optimizer=keep_optimizer
+            cohort, optimizer, keys, unused, track_best=track_best, save_optimizer_state=save_optimizer_state
         ),
         jax.random.split(jax.random.key(0), population),
     )

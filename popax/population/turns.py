@@ -37,20 +37,20 @@ class Turns:
         """Those of the seats' values that belong to the turn's slots."""
         return [values[seat] for seat in self.seats_of(turn)]
 
-    def wait(self, state: PopulationState) -> PopulationState:
+    def to_host(self, state: PopulationState) -> PopulationState:
         """The state in host memory."""
         return state if self.count == 1 else jax.tree.map(lambda leaf: _moved(leaf, _host_memory()), state)
 
-    def enter(self, state: PopulationState) -> PopulationState:
+    def to_device(self, state: PopulationState) -> PopulationState:
         """The state on the device."""
         return state if self.count == 1 else jax.tree.map(lambda leaf: _moved(leaf, _device_memory()), state)
 
-    def together(self, states: Sequence[PopulationState]) -> PopulationState:
+    def join_turns(self, states: Sequence[PopulationState]) -> PopulationState:
         """All turns' members by seat [seats, ...], as the states lie: what a checkpoint holds."""
         return states[0] if self.count == 1 else jax.tree.map(self._concatenated, *states)
 
-    def apart(self, state: PopulationState) -> tuple[PopulationState, ...]:
-        """The inverse of `together`."""
+    def split_turns(self, state: PopulationState) -> tuple[PopulationState, ...]:
+        """The inverse of `join_turns`."""
         if self.count == 1:
             return (state,)
         leaves, structure = jax.tree.flatten(state)

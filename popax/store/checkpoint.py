@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from popax.atomic import new_file
 from popax.distributed.group import ProcessGroup
 from popax.errors import CheckpointError, StorageError
 from popax.store.cohort import StoredCohort
@@ -193,10 +194,8 @@ class CheckpointStore:
         row = cohort.shared_layout.pack(self._shared)
         if row_digest(row) != cohort.shared_digest:
             raise CheckpointError(f"the shared arrays given are not the cohort's {cohort.shared_digest}; use those")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.parent / f"{path.name}.tmp"
-        unfinished.write_bytes(row.tobytes())
-        unfinished.rename(path)
+        with new_file(path) as partial:
+            partial.write_bytes(row.tobytes())
 
 
 def latest_record(directory: str | os.PathLike) -> tuple[int, dict[str, Any]] | None:

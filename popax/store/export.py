@@ -3,12 +3,12 @@
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from popax.atomic import new_file
 from popax.store.catalog import EVERYONE, Catalog
 from popax.store.filters import UserFilter
 from popax.store.manifest import Manifest, UserRecord
@@ -52,24 +52,18 @@ def export_parquet(
 
     The file is whole or absent. `group` rows are in memory at a time; progress(revisions written) is called for each.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial, written = target.with_name(f".{target.name}.{os.getpid()}.partial"), 0
-    try:
-        with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
-            rows: list[dict[str, Any]] = []
-            for record, latest in catalog.users(where):
-                manifests = [latest] if latest_only or record.latest == record.oldest else catalog.history(record)
-                rows += [_row(record, manifest) for manifest in manifests]
-                if len(rows) >= group:
-                    writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-                    written, rows = written + len(rows), []
-                    progress(written)
-            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
-            written += len(rows)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    written = 0
+    with new_file(path) as partial, pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+        rows: list[dict[str, Any]] = []
+        for record, latest in catalog.users(where):
+            manifests = [latest] if latest_only or record.latest == record.oldest else catalog.history(record)
+            rows += [_row(record, manifest) for manifest in manifests]
+            if len(rows) >= group:
+                writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                written, rows = written + len(rows), []
+                progress(written)
+        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        written += len(rows)
     return written
 
 

@@ -120,13 +120,13 @@ def group_users(dataset: UserDataset, users: Sequence[str], examples: int = GROU
 def held_out(model: Model, params: Params, pipeline: UserPipeline, rows: int = 16) -> float:
     """Bits per byte on the future rows of everyone in the pipeline; NaN where there is none."""
     objective = sft(model)
-    score = jax.jit(lambda params, batch: objective(params, NO_ADAPT, batch)[1])
-    nats = num_bytes = 0.0
+    score = jax.jit(lambda params, batch: objective(params, NO_ADAPT, batch, None)[2])
+    nll = num_bytes = 0.0
     for user in pipeline.dataset.users():
         for chunk in row_chunks(pipeline.evaluation([user], "future"), rows):
             sums = score(params, jax.tree.map(lambda leaf: leaf[0], chunk))
-            nats, num_bytes = nats + float(sums.nats), num_bytes + float(sums.target_bytes)
-    return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+            nll, num_bytes = nll + float(sums.nll), num_bytes + float(sums.target_bytes)
+    return nll / (math.log(2) * num_bytes) if num_bytes else math.nan
 
 
 def _tokenizer(spec: str, dataset: UserDataset, users: Sequence[str], place: Path) -> Tokenizer:

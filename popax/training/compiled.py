@@ -11,13 +11,13 @@ from popax.adapters.cohort import Cohort
 from popax.memo import built_once
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat
-from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
+from popax.objectives.table import ObjectiveMaker, make_objective
 from popax.population.bounds import NormKind
-from popax.population.continuation import continuation
 from popax.population.early_stop import EarlyStop, observe
 from popax.population.optimizer import Optimizer, Schedule, check_factors
 from popax.population.placement import AXIS, Placement
+from popax.population.resume import resume_state
 from popax.population.state import PopulationState, empty_population, stored_adapters
 from popax.population.step import population_loss, population_step
 from popax.sharding import ShardingRules, training_options
@@ -26,16 +26,16 @@ from popax.training.config import TrainConfig
 
 class Programs(NamedTuple):
     """step(base, shared, state, batch) and observe(state, sums) give the new state; loss(base, shared, adapters, batch)
-    gives sums; seat(state, slot, what Placement.seated gives) gives the new state; take(state, slot) gives what the
-    member keeps, their counters, and what their training goes on with, for Placement.taken. The state arguments of
-    step, observe and seat are donated. observe is None without early stopping.
+    gives sums; insert_member(state, slot, what Placement.insertable gives) gives the new state; gather_member(state,
+    slot) gives what the member keeps, their counters, and what their training goes on with, for Placement.gathered. The
+    state arguments of step, observe and insert_member are donated. observe is None without early stopping.
     """
 
     step: Callable[..., Any]
     loss: Callable[..., Any]
     observe: Callable[..., Any] | None
-    seat: Callable[..., Any]
-    take: Callable[..., Any]
+    insert_member: Callable[..., Any]
+    gather_member: Callable[..., Any]
 
 
 def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None) -> Programs:
@@ -52,10 +52,12 @@ def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placemen
 class _Shaping(NamedTuple):
     """What of a TrainConfig the programs depend on."""
 
+    objective: str | ObjectiveMaker
+    accumulate: int
     optimizer: Optimizer
     schedule: Schedule
     early_stop: EarlyStop | None
-    keep_optimizer: bool
+    save_optimizer_state: bool
     remat: Remat
     penalised: bool
     budget: NormKind | None
@@ -71,27 +73,28 @@ def _programs(
     model: Model, cohort: Cohort, config: _Shaping, slots: int, mesh: Mesh | None, rules: ShardingRules
 ) -> Programs:
     placement = Placement(slots, mesh, rules)
-    objective = sft(model, remat=config.remat)
     over = AXIS if placement.blocks > 1 else None
     step = population_step(
         cohort,
-        sft_with_kl(model, remat=config.remat) if config.penalised else objective,
+        make_objective(config.objective, model, remat=config.remat, penalised=config.penalised),
         config.optimizer,
         config.schedule,
+        accumulate=config.accumulate,
         weight=model.site_weight,
         budget=config.budget,
         spmd_axis_name=over,
     )
-    loss = population_loss(cohort, objective, spmd_axis_name=over)
+    # Whatever is minimised: users stop early, and are scored, by what their text costs.
+    loss = population_loss(cohort, sft(model, remat=config.remat), spmd_axis_name=over)
     look = functools.partial(observe, config.early_stop) if config.early_stop else None
-    take = functools.partial(_take, cohort, placement, config.keep_optimizer)
+    take = functools.partial(_take, cohort, placement, config.save_optimizer_state)
     if placement.mesh is None:
         return Programs(
             step=jax.jit(step, donate_argnums=2),
             loss=jax.jit(loss),
             observe=jax.jit(look, donate_argnums=0) if look else None,
-            seat=jax.jit(placement.seat, donate_argnums=0),
-            take=jax.jit(take),
+            insert_member=jax.jit(placement.insert_member, donate_argnums=0),
+            gather_member=jax.jit(take),
         )
     # Said for every result: the state must come back where it was, whatever the partitioner would choose.
     state = placement.shardings(cohort, jax.eval_shape(functools.partial(_empty, cohort, config, slots)))
@@ -101,8 +104,8 @@ def _programs(
         step=_under(placement.mesh, jitted),
         loss=_under(placement.mesh, jax.jit(loss, out_shardings=users)),
         observe=jax.jit(look, donate_argnums=0, out_shardings=state) if look else None,
-        seat=jax.jit(placement.seat, donate_argnums=0, out_shardings=state),
-        take=jax.jit(take, out_shardings=users),
+        insert_member=jax.jit(placement.insert_member, donate_argnums=0, out_shardings=state),
+        gather_member=jax.jit(take, out_shardings=users),
     )
 
 
@@ -127,15 +130,15 @@ def empty_slots(cohort: Cohort, config: TrainConfig) -> PopulationState:
 
 
 def _empty(cohort: Cohort, config: TrainConfig | _Shaping, slots: int) -> PopulationState:
-    tracked = {"track_best": config.early_stop is not None, "keep_optimizer": config.keep_optimizer}
+    tracked = {"track_best": config.early_stop is not None, "save_optimizer_state": config.save_optimizer_state}
     return empty_population(cohort, config.optimizer, slots, **tracked)
 
 
 def _take(
-    cohort: Cohort, placement: Placement, keep_optimizer: bool, state: PopulationState, slot: jax.Array
+    cohort: Cohort, placement: Placement, save_optimizer_state: bool, state: PopulationState, slot: jax.Array
 ) -> tuple[Any, Any, Any]:
-    one = placement.take(state, slot)
+    one = placement.gather_member(state, slot)
     counters = {"steps": one.step, "skipped": one.skipped}
     if one.best is not None:
         counters |= {"kept_step": one.best.step, "validation_loss": one.best.loss}
-    return stored_adapters(cohort, one), counters, continuation(cohort, one) if keep_optimizer else None
+    return stored_adapters(cohort, one), counters, resume_state(cohort, one) if save_optimizer_state else None

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,9 @@ from popax.training.pretrain import PretrainConfig, PretrainHooks
 from popax.training.progress import Progress
 from popax.training.record import RunRecord
 from popax.training.stream import Seating
+
+# Of an objective's metrics: how much there was, not what it cost.
+COUNTED = {"targets", "target_bytes"}
 
 
 @contextlib.contextmanager
@@ -96,22 +100,34 @@ def users_done(seating: Seating) -> int:
 
 
 def round_metrics(metrics: Sequence[StepMetrics]) -> dict[str, float]:
-    """Over one round: nats a target over all members that ran, the largest gradient norm, targets, and the steps that
-    were skipped because something in them was not finite (`member_step`)."""
+    """Over one round: the loss over all members that ran, by what it weighs (`targets`), the largest gradient norm, and
+    the steps that were skipped because something in them was not finite (`member_update`).
+
+    What else the objective's metrics add up, named by a NamedTuple or a dict, is given by weight as well.
+    """
     host: list[StepMetrics] = jax.device_get(list(metrics))
-    ran = np.stack([np.asarray(step.ran) for step in host])
-    nats = np.stack([np.asarray(step.sums.nats) for step in host])
-    targets = np.stack([np.asarray(step.sums.targets) for step in host])
-    skipped = np.stack([np.asarray(step.skipped) for step in host])
-    norms = np.stack([np.asarray(step.grad_norm) for step in host])
-    total = float(targets[ran].sum())
+    ran = np.concatenate([step.ran for step in host])
+
+    def total(value: Callable[[StepMetrics], Any]) -> float:
+        return float(np.concatenate([value(step) for step in host])[ran].sum())
+
+    weights = total(lambda step: step.weights)
+    by_weight = {"loss": total(lambda step: step.loss * step.weights)}
+    for name in sorted(_named(host[0].sums).keys() - COUNTED):
+        by_weight[name] = total(lambda step, name=name: _named(step.sums)[name])
+    norms = np.concatenate([step.grad_norm for step in host])
     return {
-        "loss": float(nats[ran].sum()) / total if total else math.nan,
-        "targets": total,
+        **{name: value / weights if weights else math.nan for name, value in by_weight.items()},
+        "targets": weights,
         "grad_norm_max": float(norms[ran].max()) if ran.any() else math.nan,
-        "users_training": float(ran[-1].sum()),
-        "skipped_steps": float(skipped.sum()),
+        "users_training": float(host[0].ran.sum()),
+        "skipped_steps": float(sum(step.skipped.sum() for step in host)),
     }
+
+
+def _named(sums: Any) -> dict[str, Any]:
+    """An objective's metrics by name; nothing where they have none."""
+    return sums if isinstance(sums, dict) else sums._asdict() if hasattr(sums, "_asdict") else {}
 
 
 @contextlib.contextmanager

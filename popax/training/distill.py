@@ -10,13 +10,14 @@ import numpy as np
 
 from popax.adapters.cohort import Cohort
 from popax.modeling.base import Base
-from popax.objectives.distill import Lesson, distill, pair
+from popax.objectives.distill import DistillBatch, distill, pair
 from popax.objectives.sft import sft
 from popax.population.early_stop import observe
 from popax.population.optimizer import check_factors
 from popax.population.state import PopulationState, init_member, stored_adapters
 from popax.population.step import population_loss, population_step
 from popax.training.config import TrainConfig
+from popax.training.fit import BatchesAhead, fit
 from popax.training.members import user_key
 from popax.training.stream import pad_rows
 from popax.types import AdapterState, Batch
@@ -26,7 +27,7 @@ class Text(Protocol):
     """The data side (popax.data.pipeline.UserPipeline)."""
 
     def rows(self, user: str, split: str) -> Batch: ...
-    def population(self, users: Sequence[str | None], steps: Sequence[int]) -> Batch: ...
+    def population(self, users: Sequence[str | None], steps: Sequence[int], accumulate: int = 1) -> Batch: ...
     def evaluation(self, users: Sequence[str | None], split: str, max_rows: int | None = None) -> Batch: ...
 
 
@@ -56,6 +57,7 @@ class Distiller:
             objective,
             config.optimizer,
             config.schedule,
+            accumulate=config.accumulate,
             weight=lambda params, site: new.model.site_weight(params["student"], site),
             budget=config.budget,
         )
@@ -81,15 +83,22 @@ class Distiller:
         keys_N = jnp.stack([jax.random.key_data(user_key(self._config.seed, user or "")) for user in seats])
         taught_N, start_N = (_filled(tree, len(idle)) for tree in (taught_N, start_N))
         state = self._start(keys_N, jnp.asarray(steps_N), start_N)
-        every = self._config.round_length
-        state = self._look(state, seats)
-        for step in range(int(steps_N.max())):
-            batch = self._data.population(readers, [step] * self._group)
-            state, _ = self._step(self._pair, self._shared, state, Lesson(batch, taught_N))
-            if (step + 1) % every == 0 or step + 1 == steps_N.max():
-                state = self._look(state, seats)
-                if not np.asarray(state.active).any():
-                    break
+        accumulate = self._config.accumulate
+        taught_N = jax.tree.map(lambda leaf: _repeated(leaf, accumulate), taught_N)
+
+        def make(step: int) -> DistillBatch:
+            return DistillBatch(self._data.population(readers, [step] * self._group, accumulate), taught_N)
+
+        with BatchesAhead(make) as batches:
+            state = fit(
+                state,
+                steps=int(steps_N.max()),
+                step=lambda state, batch: self._step(self._pair, self._shared, state, batch),
+                batches=batches,
+                observe=lambda state: self._look(state, seats),
+                every=self._config.round_length,
+                over=lambda state: not np.asarray(state.active).any(),
+            )
         kept_N = state.step if state.best is None else state.best.step
         made = jax.tree.map(lambda leaf: np.asarray(leaf)[: len(users)], self._keep(state))
         return made, np.asarray(kept_N)[: len(users)]
@@ -111,6 +120,11 @@ class Distiller:
         batch = self._data.evaluation(seats, "validation", max_rows=rows)
         batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)
         return self._observe(state, self._loss(self._student, self._shared, state.adapters, batch))
+
+
+def _repeated(leaf_N: np.ndarray, accumulate: int) -> np.ndarray:
+    """The same for each micro-batch, where a step has several."""
+    return leaf_N if accumulate == 1 else np.broadcast_to(leaf_N[:, None], (len(leaf_N), accumulate, *leaf_N.shape[1:]))
 
 
 def _filled(tree_N: AdapterState, count: int) -> AdapterState:

@@ -149,13 +149,13 @@ class RunFiles:
         return Seating(
             restored.step,
             SlotTable(users=tuple(table["users"]), next=table["next"]),
-            self._turns.apart(_together(restored.adapters, restored.train_state)),
+            self._turns.split_turns(_together(restored.adapters, restored.train_state)),
             tuple(SetAside(**one) for one in restored.record.get("aside", ())),
         )
 
     def _apart(self, seating: Seating) -> tuple[AdapterState, PopulationState]:
         """(what users would keep, as it is stored, and all else that the run goes on with)."""
-        state = self._turns.together(seating.states)
+        state = self._turns.join_turns(seating.states)
         if has_masters(self._cohort):
             return converted(selected_adapters(state), self._config.adapter.dtype), state
         if state.best is None:

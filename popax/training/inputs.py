@@ -4,11 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from popax.atomic import new_directory, write_text
 from popax.data.records import Columns, Example, find_sources
 from popax.data.tfds import build_dataset
 from popax.data.tokenize import Tokenizer, load_tokenizer, train_bpe
@@ -109,32 +109,13 @@ def texts_of(examples: Iterable[Example]) -> Iterator[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """The file is whole or absent; its folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def save_once(final: Path, write: Callable[[Path], None], *, replace: bool = False) -> None:
-    """A directory that `write` fills: it appears under its name when it is complete.
-
-    replace: in place of one of that name, which a kill between the two renames leaves without a successor: only for
-    what can be made again.
-    """
-    partial, old = (final.with_name(f".{final.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    """A directory that `write` fills: it appears under its name when it is complete. replace: as `new_directory`."""
+    with new_directory(final, replace=replace) as partial:
         write(partial)
-        if replace and final.exists():
-            os.rename(final, old)
-        os.rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_dataset(directory: Path) -> bool:

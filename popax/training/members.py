@@ -15,16 +15,16 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import PopaxError, PopulationError
 from popax.memo import built_once
-from popax.population.continuation import continued
 from popax.population.optimizer import Optimizer
-from popax.population.state import HParams, PopulationState, init_member
+from popax.population.resume import resumed
+from popax.population.state import PopulationState, init_member
 from popax.residency.loader import Row, RowLoader
 from popax.store.catalog import Catalog
 from popax.store.manifest import Manifest
 from popax.training.aside import OF_ONE_USER, SetAside
 from popax.training.config import TrainConfig
 from popax.training.news import latest_manifests
-from popax.types import AdapterState
+from popax.types import AdapterState, HParams
 
 # A revision with the promise of its row, or why a user's cannot be continued.
 Asked = tuple[Manifest, Row] | PopaxError
@@ -38,12 +38,12 @@ def user_key(seed: int, user: str) -> jax.Array:
 
 @built_once
 def _starts(
-    cohort: Cohort, optimizer: Optimizer, track_best: bool, keep_optimizer: bool
+    cohort: Cohort, optimizer: Optimizer, track_best: bool, save_optimizer_state: bool
 ) -> tuple[Callable[..., PopulationState], Callable[..., PopulationState]]:
     """start(key, settings) of a fresh adapter, and start(key, settings, adapter) of one that is there."""
 
     def make(key: jax.Array, settings: HParams, adapter: AdapterState | None) -> PopulationState:
-        tracked = {"track_best": track_best, "keep_optimizer": keep_optimizer}
+        tracked = {"track_best": track_best, "save_optimizer_state": save_optimizer_state}
         return init_member(cohort, optimizer, key, settings, adapter=adapter, **tracked)
 
     return jax.jit(lambda key, settings: make(key, settings, None)), jax.jit(make)
@@ -55,7 +55,7 @@ class MemberSource:
     steps_of(user): the user's number of steps; it reads the user's text, which is thereby ready when they are seated.
     A user whose text or revision cannot be used, or who has nothing to learn from, is set aside: nobody else's load
     fails for it.
-    With config.keep_optimizer the state that was kept beside a revision is continued, a fresh one where none was.
+    With config.save_optimizer_state the state that was kept beside a revision is continued, a fresh one where none was.
     Revisions of the run itself are never continued: a resumed run then repeats what it did before it was stopped.
     Rows come through residency's loader, those of users who are prefetched together in one batch.
     """
@@ -76,7 +76,7 @@ class MemberSource:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="popax-load")
         self._pending: dict[str, concurrent.futures.Future[PopulationState | SetAside]] = {}
         self._rows = None if catalog is None else RowLoader(catalog.read_rows, lambda rows: None)
-        tracked = (config.early_stop is not None, config.keep_optimizer)
+        tracked = (config.early_stop is not None, config.save_optimizer_state)
         self._fresh, self._from_adapter = _starts(cohort, config.optimizer, *tracked)
 
     def prefetch(self, users: Sequence[str]) -> None:
@@ -111,7 +111,8 @@ class MemberSource:
 
     def _load(self, user: str, asked: concurrent.futures.Future[dict[str, Asked]]) -> PopulationState | SetAside:
         try:
-            return self._member(user, asked)
+            # Of the host until it has a seat: many are loaded ahead.
+            return jax.device_get(self._member(user, asked))
         except OF_ONE_USER as error:
             return SetAside.of(user, error)
 
@@ -138,10 +139,10 @@ class MemberSource:
             )
         adapter = self._catalog.cohort_of(manifest).layout.unpack(row.result())
         fresh = self._from_adapter(key, settings, adapter)
-        if not self._config.keep_optimizer or manifest.optimizer is None:
+        if not self._config.save_optimizer_state or manifest.optimizer is None:
             return fresh
         try:
-            return continued(fresh, self._catalog.load_optimizer(manifest))
+            return resumed(fresh, self._catalog.load_optimizer(manifest))
         except PopulationError as error:
             raise PopulationError(f"{manifest.shown}: {error}") from error
 
@@ -159,9 +160,9 @@ class MemberSource:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One user's result, still on the device; counters: the member's own scalars (steps, skipped, kept_step, ...).
+    """One user's result, in the host's memory; counters: the member's own scalars (steps, skipped, kept_step, ...).
 
-    optimizer: what `continued` takes, None where it is not kept.
+    optimizer: what `resumed` takes, None where it is not kept.
     """
 
     user: str

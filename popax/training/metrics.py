@@ -10,6 +10,8 @@ from typing import Any, SupportsFloat
 
 from tensorboardX import SummaryWriter
 
+from popax.atomic import write_text
+
 
 class MetricsWriter:
     """Appends to `directory/metrics.jsonl` and to TensorBoard events in `directory/tensorboard`.
@@ -63,9 +65,7 @@ def read_metrics(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, last_step: float) -> None:
     kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= last_step]
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

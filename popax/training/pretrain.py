@@ -16,10 +16,12 @@ from popax.adapters.masters import masters, rounded
 from popax.errors import ConfigError
 from popax.modeling.model import Model
 from popax.modeling.remat import Remat, check_remat
+from popax.objectives.base import mean_of
 from popax.objectives.sft import sft
 from popax.population.guard import all_finite, keep_unless, none_broken
 from popax.population.optimizer import Schedule, warmup_cosine
 from popax.training.config import check_rate
+from popax.training.fit import BatchesAhead, fit
 from popax.types import NO_ADAPT, Batch, Params
 
 
@@ -116,22 +118,35 @@ def pretrain(
     step_fn = jax.jit(functools.partial(_step, objective, transform, saved_as), donate_argnums=0)
     done = int(state.step)
     hooks.on_start(done)
-    previous: tuple[int, jax.Array] | None = None
-    while done < config.steps and not hooks.stop_requested():
-        state, loss = step_fn(state, batch_at(done))
-        done += 1
-        if previous is not None:
-            hooks.on_step(previous[0], float(previous[1]))
-        previous = (done, loss)
-        if saved is not None and done % config.checkpoint_every == 0:
+    late: list[tuple[int, jax.Array]] = []  # the loss of the step before, which the device has by now
+
+    def on_step(count: int, state: PretrainState, loss: jax.Array) -> None:
+        tell()
+        late.append((count, loss))
+        if saved is not None and count % config.checkpoint_every == 0:
             saved.save(state)
-    if previous is not None:
-        hooks.on_step(previous[0], float(previous[1]))
+
+    def tell() -> None:
+        for count, loss in late:
+            hooks.on_step(count, float(loss))
+        late.clear()
+
+    with BatchesAhead(batch_at) as batches:
+        state = fit(
+            state,
+            steps=config.steps,
+            step=step_fn,
+            batches=batches,
+            begins=done,
+            on_step=on_step,
+            stop=hooks.stop_requested,
+        )
+    tell()
     if saved is not None:
         saved.save(state)
         saved.close()
     params = jax.jit(saved_as)(state.params)
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, model.abstract()), done
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, model.abstract()), int(state.step)
 
 
 def _start(model: Model, transform: optax.GradientTransformation, config: PretrainConfig) -> PretrainState:
@@ -149,7 +164,7 @@ def _rounded(model: Model, params: Params) -> Params:
 
 
 def _step(objective, transform, saved_as, state: PretrainState, batch: Batch) -> tuple[PretrainState, jax.Array]:
-    loss_of = lambda params: objective(saved_as(params), NO_ADAPT, batch)  # noqa: E731
+    loss_of = lambda params: mean_of(objective)(saved_as(params), NO_ADAPT, batch)  # noqa: E731
     (loss, _), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
         updates, opt_state = transform.update(grads, state.opt_state, state.params)

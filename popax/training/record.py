@@ -18,7 +18,7 @@ from popax.training.aside import SetAside
 from popax.training.inputs import write_json
 from popax.training.news import DataIdentity
 
-FORMAT = 2
+FORMAT = 3  # from 3 on, a member's checkpoint has their own betas, eps and decay
 FUNCTIONS = ("optimizer", "schedule")  # settings that are functions, as `described` has them
 RECORD_FILE, CHECKPOINTS = "run.json", "checkpoints"
 CLOSE = "--close_stopped"
@@ -98,6 +98,11 @@ class RunRecord:
             raise ConfigError(
                 f"{directory} holds run {self.run} that an older popax stopped, whose steps this one takes otherwise: "
                 f"let that version finish it, or {how}"
+            )
+        if self.format < FORMAT:
+            raise ConfigError(
+                f"{directory} holds run {self.run} that an older popax stopped, whose checkpoints lack what users "
+                f"have as settings now: let that version finish it, or {how}"
             )
         if self.data["digest"] != data.digest:
             raise ConfigError(

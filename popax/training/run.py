@@ -64,6 +64,8 @@ def train_population(
     config.slots. A run may go on over another mesh, of other processes. Several processes call this together, each with
     the same arguments, and see the same files.
     """
+    # Those with a seat, and those who are read ahead for the next ones.
+    pipeline = pipeline.for_users(config.slots * (config.turns + 1))
     dataset, group = pipeline.dataset, ProcessGroup.current()
     listing = Listing.of(dataset, users, config.min_examples)
     if not listing.names:
@@ -138,6 +140,8 @@ def run_settings(base: Base, pipeline: UserPipeline, config: TrainConfig) -> dic
     plain = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "cohorts"}
     for name in ("optimizer", "schedule"):
         plain[name] = described(plain[name])
+    if not isinstance(plain["objective"], str):
+        plain["objective"] = described(plain["objective"])
     plain["learning_rate"] = config.rate
     plain["adapter"] = config.adapter.to_dict()
     plain["early_stop"] = dataclasses.asdict(config.early_stop) if config.early_stop else None

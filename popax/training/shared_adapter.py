@@ -9,9 +9,10 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
 from popax.modeling.base import Base
-from popax.population.state import init_population, stored_adapters
+from popax.population.state import PopulationState, init_population, stored_adapters
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
+from popax.training.fit import BatchesAhead, fit
 from popax.types import AdapterState, Batch
 
 VALIDATION_USERS = 32
@@ -42,17 +43,28 @@ def train_shared_adapter(
     track_best = config.early_stop is not None
     state = init_population(cohort, config.optimizer, keys, settings, track_best=track_best)
     validation = _everyone(pipeline.evaluation(list(users[:VALIDATION_USERS]), "validation", max_rows=2))
-    every = config.early_stop.every if config.early_stop else total
-    for step in range(total + 1):
-        if programs.observe is not None and (step % every == 0 or step == total):
-            sums = programs.loss(base.params, shared, state.adapters, validation)
-            state = programs.observe(state, sums)
-            if not bool(state.active[0]):
-                break
-        if step < total:
-            batch = jax.tree.map(lambda leaf: leaf[None], mixed.batch(step))
-            state, _ = programs.step(base.params, shared, state, batch)
-            on_step(step + 1, total)
+
+    def make(step: int) -> Batch:
+        if config.accumulate == 1:
+            return jax.tree.map(lambda leaf: leaf[None], mixed.batch(step))
+        parts = [mixed.batch(step * config.accumulate + part) for part in range(config.accumulate)]
+        return jax.tree.map(lambda *leaves: np.stack(leaves)[None], *parts)
+
+    def observe(state: PopulationState) -> PopulationState:
+        assert programs.observe is not None
+        return programs.observe(state, programs.loss(base.params, shared, state.adapters, validation))
+
+    with BatchesAhead(make) as batches:
+        state = fit(
+            state,
+            steps=total,
+            step=lambda state, batch: programs.step(base.params, shared, state, batch),
+            batches=batches,
+            observe=observe if programs.observe is not None else None,
+            every=config.round_length,
+            over=lambda state: not bool(state.active[0]),
+            on_step=lambda done, state, metrics: on_step(done, total),
+        )
     return stored_adapters(cohort, state)
 
 

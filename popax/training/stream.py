@@ -4,7 +4,6 @@ All decisions fall at the end of a round (a fixed number of iterations, of each 
 never on timing, so that a run resumed from any checkpoint is bitwise the run that was never stopped.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from popax.population.turns import Turns
 from popax.training.aside import SetAside
 from popax.training.compiled import Programs, abstract_population, empty_slots
 from popax.training.config import TrainConfig
+from popax.training.fit import BatchesAhead, fit
 from popax.training.members import Finished, MemberSource, RevisionWriter
 from popax.types import AdapterState, Batch, Params
 
@@ -29,7 +29,7 @@ from popax.types import AdapterState, Batch, Params
 class UserData(Protocol):
     """The data side of a run (popax.data.pipeline.UserPipeline)."""
 
-    def population(self, users: Sequence[str | None], steps: Sequence[int]) -> Batch: ...
+    def population(self, users: Sequence[str | None], steps: Sequence[int], accumulate: int = 1) -> Batch: ...
     def evaluation(self, users: Sequence[str | None], split: str, max_rows: int | None = None) -> Batch: ...
 
 
@@ -100,14 +100,14 @@ class PopulationStream:
         self._programs, self._data, self._queue = programs, data, list(queue)
         self._source, self._writer, self._hooks, self._begins = source, writer, hooks or Hooks(), begins
         self._turns, self._placement, self._group = turns, turns.placement, ProcessGroup.current()
-        self._batches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="popax-batch")
+        self._batches = BatchesAhead(self._make_batch, kept=turns.count + 1)
 
     def fresh(self) -> Seating:
         """All seats empty, nobody trained."""
         shardings = self._placement.shardings(self._cohort, abstract_population(self._cohort, self._config))
         make = functools.partial(empty_slots, self._cohort, self._config)
         made = make if shardings is None else jax.jit(make, out_shardings=shardings)
-        states = tuple(self._turns.wait(made()) for _ in range(self._turns.count))
+        states = tuple(self._turns.to_host(made()) for _ in range(self._turns.count))
         return Seating(self._begins, SlotTable.empty(self._turns.seats.slots), states)
 
     def run(self, seating: Seating | None = None) -> Seating:
@@ -115,20 +115,18 @@ class PopulationStream:
         seating = self._each_turn(self.fresh(), self._seat, lambda turn: True) if seating is None else seating
         try:
             while seating.table.occupied:
+                before = seating.iteration
                 seating, metrics = self._round(seating)
                 self._hooks.on_round(seating, metrics)
                 stop = self._group.any_of(self._hooks.stop_requested())
-                if stop or self._at_checkpoint(seating):
+                every = self._config.checkpoint_every
+                if stop or seating.iteration // every > before // every:
                     seating = self._checkpoint(seating)
                 if stop:
                     return seating
             return self._checkpoint(seating)
         finally:
-            self._batches.shutdown(wait=True, cancel_futures=True)
-
-    def _at_checkpoint(self, seating: Seating) -> bool:
-        every, length = self._config.checkpoint_every, self._config.round_length
-        return seating.iteration // every > (seating.iteration - length) // every
+            self._batches.close()
 
     def _checkpoint(self, seating: Seating) -> Seating:
         # Users who left their seats are in no checkpoint: they must be durable before it replaces the previous one.
@@ -143,8 +141,8 @@ class PopulationStream:
         for index, waiting in enumerate(states):
             turn = Turn(self._turns.seats_of(index), seating.iteration, table, waiting, aside)
             if wanted(turn):
-                turn = visit(turn._replace(state=self._turns.enter(waiting)))
-                table, states[index], aside = turn.table, self._turns.wait(turn.state), turn.aside
+                turn = visit(turn._replace(state=self._turns.to_device(waiting)))
+                table, states[index], aside = turn.table, self._turns.to_host(turn.state), turn.aside
         return seating._replace(table=table, states=tuple(states), aside=aside)
 
     def _round(self, seating: Seating) -> tuple[Seating, list[StepMetrics]]:
@@ -158,28 +156,37 @@ class PopulationStream:
 
         seating = self._each_turn(seating, visit, lambda turn: any(user is not None for user in turn.users))
         by_turn = self._placement.host(by_turn)
-        metrics = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps) for steps in zip(*by_turn, strict=True)]
-        return seating._replace(iteration=seating.iteration + self._config.round_length), metrics
+        longest = max(map(len, by_turn))
+        metrics = [
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *(steps[at] for steps in by_turn if at < len(steps)))
+            for at in range(longest)
+        ]
+        return seating._replace(iteration=seating.iteration + longest), metrics
 
     def _steps(self, turn: Turn) -> tuple[Turn, list[StepMetrics]]:
-        """A round's steps, and validation."""
-        metrics, state, iteration = [], turn.state, turn.iteration
+        """A round's steps, and validation. A round is over where all its members are."""
         # Each member's own: who continues with what was kept does not begin with the first batch.
-        begun_N = np.asarray(self._placement.host(turn.state.step))
-        batch = self._submit(turn, begun_N)
-        for index in range(self._config.round_length):
-            ready = batch.result()
-            if index + 1 < self._config.round_length:
-                batch = self._submit(turn, begun_N + np.int32(index + 1))  # built while the device runs this step
-            state, step_metrics = self._programs.step(self._base, self._shared, state, ready)
-            metrics.append(step_metrics)
-            iteration += 1
-        return self._validate(turn._replace(iteration=iteration, state=state)), metrics
+        begun_N, active_N, most_N = self._placement.host(
+            (turn.state.step, turn.state.active, turn.state.hparams.max_steps)
+        )
+        left = int(np.max(np.where(active_N, most_N - begun_N, 0)))
+        length = max(1, min(self._config.round_length, left))
+        users, metrics = tuple(turn.users), []
+        state = fit(
+            turn.state,
+            steps=length,
+            step=lambda state, batch: self._programs.step(self._base, self._shared, state, batch),
+            batches=self._batches,
+            # The next round's first batch too, which is the right one where nobody leaves a seat.
+            key=lambda index: (users, tuple((begun_N + np.int32(index)).tolist())),
+            continues=True,
+            on_step=lambda done, state, step_metrics: metrics.append(step_metrics),
+        )
+        return self._validate(turn._replace(iteration=turn.iteration + length, state=state)), metrics
 
-    def _submit(self, turn: Turn, steps_N: np.ndarray) -> concurrent.futures.Future[Batch]:
-        users = self._placement.local(turn.users)
-        steps = self._placement.local(steps_N.tolist())
-        return self._batches.submit(lambda: self._placement.rows(self._data.population(users, steps)))
+    def _make_batch(self, key: tuple[tuple[str | None, ...], tuple[int, ...]]) -> Batch:
+        users, steps = self._placement.local(key[0]), self._placement.local(key[1])
+        return self._placement.rows(self._data.population(users, steps, self._config.accumulate))
 
     def _validate(self, turn: Turn) -> Turn:
         if self._programs.observe is None:
@@ -194,12 +201,12 @@ class PopulationStream:
     def _write_back(self, turn: Turn) -> Turn:
         active = self._placement.host(turn.state.active)
         done = [slot for slot, user in enumerate(turn.users) if user is not None and not active[slot]]
+        # To the host at once: a user who has finished takes no more of the device's memory.
         for slot in done:
-            members = self._programs.take(turn.state, np.int32(slot))
+            members = self._programs.gather_member(turn.state, np.int32(slot))
             user = turn.users[slot]
-            if user is None or not self._placement.owns(slot):
-                continue
-            self._writer.put(Finished(user, *self._placement.taken(members, slot)))
+            if user is not None and self._placement.owns(slot):
+                self._writer.put(Finished(user, *jax.device_get(self._placement.gathered(members, slot))))
         return turn._replace(table=turn.table.release([turn.seats[slot] for slot in done]))
 
     def _seat(self, turn: Turn) -> Turn:
@@ -220,8 +227,8 @@ class PopulationStream:
             turn = turn._replace(table=table.release(vacant), aside=turn.aside + told)
             for slot, user in found:
                 if user not in aside:
-                    placed = self._placement.seated(slot, members.get(user), turn.state)
-                    turn = turn._replace(state=self._programs.seat(turn.state, np.int32(slot), placed))
+                    placed = self._placement.insertable(slot, members.get(user), turn.state)
+                    turn = turn._replace(state=self._programs.insert_member(turn.state, np.int32(slot), placed))
                     anyone = True
         # The start counts as a candidate: a user whom training does not help keeps what they had.
         return self._validate(turn) if anyone else turn

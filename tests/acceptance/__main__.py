@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from popax.atomic import write_text
 from popax.bench.report import versions
 from tests.cpu_times import cpu_seconds
 from tests.sizes import WHOLE
@@ -101,10 +102,7 @@ def read_cells(place: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_cells(place: Path, cells: dict[str, dict[str, Any]]) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.partial")
-    partial.write_text(json.dumps({"room": place.stem, "cells": cells}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(place)
+    write_text(place, json.dumps({"room": place.stem, "cells": cells}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from popax.bench.train_methods import bench_methods
 from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
+from popax.objectives.base import mean_of
 from popax.objectives.sft import sft
 from popax.types import NO_ADAPT
 
@@ -49,7 +50,7 @@ def test_base_only_is_the_gradient_of_the_bases_loss_with_respect_to_its_inputs(
         embedded
     )
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
-    plain = jax.vmap(lambda own: sft(model)(params, NO_ADAPT, own)[0])(batch)
+    plain = jax.vmap(lambda own: mean_of(sft(model))(params, NO_ADAPT, own)[0])(batch)
     again = jax.vmap(lambda x, own: _loss(model, params, x, own))(embedded, batch)
     np.testing.assert_allclose(plain, again, rtol=1e-6)
 

@@ -1,5 +1,6 @@
 """gin at the door: bindings reach library classes, mistakes name the key and the fix, the run's values are kept."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from popax.adapters.base import AdapterConfig, TargetRule
 from popax.cli import gin_door
 from popax.cli.gin_door import GinDoor, find_gin_file
 from popax.errors import ConfigError
+from popax.modeling.config import ModelConfig
 from popax.population.optimizer import adamw, sgd
+from popax.training.config import TrainConfig
 
 
 def test_bindings_reach_the_library_class_itself():
@@ -30,13 +33,33 @@ def test_a_later_file_wins_over_an_earlier_and_a_param_over_both(tmp_path):
     assert (built.rank, built.alpha, built.dropout) == (3, 2.0, 0.1)
 
 
+@pytest.mark.parametrize("name", [gin_door.BENCH_MODEL, gin_door.BENCH_SERVE])
+def test_a_benchmark_has_a_model_without_a_config_file(name):
+    def opened(*params):
+        return gin_door.open_door(argparse.Namespace(gin_file=[], gin_param=list(params)), model=name)
+
+    model = opened("ModelConfig.num_layers = 3").build(ModelConfig)
+    assert (model.num_layers, model.vocab_size > 0) == (3, True)
+    # Who names a model has that one alone: nothing of the other one is mixed into it.
+    with pytest.raises(ConfigError, match=r"ModelConfig\.embed_dim"):
+        opened("ModelConfig.vocab_size = 64").build(ModelConfig)
+
+
+def test_old_keys_are_read_under_their_new_names(tmp_path, capsys):
+    (tmp_path / "inner.gin").write_text("TrainConfig.keep_optimizer = True\n")
+    (tmp_path / "outer.gin").write_text(f"include '{tmp_path}/inner.gin'\nTrainConfig.steps = 3\n")
+    assert GinDoor([str(tmp_path / "outer.gin")], []).build(TrainConfig).save_optimizer_state
+    assert capsys.readouterr().err == ("gin: TrainConfig.keep_optimizer is TrainConfig.save_optimizer_state now\n")
+    assert GinDoor([], ["TrainConfig.keep_optimizer = True"]).build(TrainConfig).save_optimizer_state
+
+
 def test_opening_a_door_forgets_the_one_before():
     GinDoor([], ["AdapterConfig.rank=4"])
     assert GinDoor([], []).build(AdapterConfig).rank == 8
 
 
 def test_factories_take_bindings_too():
-    assert GinDoor([], ["adamw.b1=0.5"]).build(adamw).keywords["b1"] == 0.5
+    assert GinDoor([], ["adamw.b1=0.5"]).build(adamw) == adamw(b1=0.5)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +94,14 @@ def test_what_gin_does_not_know_is_named():
 
 def test_the_operative_config_gives_the_same_run_again(tmp_path):
     first = GinDoor([], ["AdapterConfig.rank=4", "sgd.momentum=0.9"])
-    built = first.build(AdapterConfig), first.build(sgd).keywords
+    built = first.build(AdapterConfig), first.build(sgd)
     path = first.save(tmp_path / "run")
     text = path.read_text()
     assert "AdapterConfig.rank = 4" in text
     assert "AdapterConfig.alpha = 16.0" in text  # a default, kept against the day it changes
     assert os.listdir(path.parent) == ["operative.gin"]
     second = GinDoor([str(path)], [])
-    assert (second.build(AdapterConfig), second.build(sgd).keywords) == built
+    assert (second.build(AdapterConfig), second.build(sgd)) == built
 
 
 def test_files_are_found_on_disk_and_inside_the_package(tmp_path, monkeypatch):

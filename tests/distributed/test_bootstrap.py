@@ -72,10 +72,10 @@ def test_a_member_goes_to_its_slot_and_comes_back():
     placement = Placement(8, make_mesh("population=4,fsdp=2"))
     state = placement.rows({"x": jax.numpy.zeros((8, 3)).__array__()})
     one = {"x": jax.numpy.arange(3.0)}
-    state = jax.jit(placement.seat)(state, 5, placement.seated(5, one, state))
+    state = jax.jit(placement.insert_member)(state, 5, placement.insertable(5, one, state))
     assert placement.host(state)["x"].tolist() == [[0, 1, 2] if slot == 5 else [0, 0, 0] for slot in range(8)]
-    members = jax.jit(placement.take, out_shardings=placement.over_population)(state, 5)
-    assert placement.taken(members, 5)["x"].tolist() == [0, 1, 2]
+    members = jax.jit(placement.gather_member, out_shardings=placement.over_population)(state, 5)
+    assert placement.gathered(members, 5)["x"].tolist() == [0, 1, 2]
 
 
 def test_a_process_that_meets_nobody_says_so(capfd):

@@ -17,7 +17,7 @@ from popax.errors import DataError
 from popax.evaluation.columns import EvalConfig, Scorer, UserScores, bits_per_byte, figures, four_columns
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.objectives.sft import sft
 
 VOCAB = 259
@@ -89,7 +89,7 @@ def test_a_uniform_model_spends_log2_of_the_vocabulary_a_token(params, data):
 
 
 def test_bits_per_byte_of_nothing_is_nan():
-    sums = Sums(np.array([math.log(2) * 6, 0.0]), np.array([2.0, 0.0]), np.array([3.0, 0.0]))
+    sums = LossSums(np.array([math.log(2) * 6, 0.0]), np.array([2.0, 0.0]), np.array([3.0, 0.0]))
     np.testing.assert_array_equal(bits_per_byte(sums), [2.0, np.nan])
 
 

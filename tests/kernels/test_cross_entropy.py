@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from popax.kernels.cross_entropy import reference, target_nats
+from popax.kernels.cross_entropy import reference, token_nll
 from popax.kernels.cross_entropy.ops import OPS
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(2, 90))  # M, D, V
@@ -33,7 +33,7 @@ def test_the_gradient_is_that_of_log_softmax(lora_math, shape, vocab_first, seed
         return -jnp.sum(weights * jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0])
 
     def chunked(x):
-        return jnp.sum(weights * target_nats(x, w, target, vocab_first=vocab_first))
+        return jnp.sum(weights * token_nll(x, w, target, vocab_first=vocab_first))
 
     want, got = jax.value_and_grad(dense)(x), jax.value_and_grad(chunked)(x)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-4)
@@ -43,12 +43,12 @@ def test_the_gradient_is_that_of_log_softmax(lora_math, shape, vocab_first, seed
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         x = jnp.linspace(-1.0, 1.0, 12, dtype=jnp.float64).reshape(3, 4)
-        nats = target_nats(x, x, jnp.arange(3), vocab_first=True)
+        nats = token_nll(x, x, jnp.arange(3), vocab_first=True)
     assert nats.dtype == jnp.float64
 
 
 def test_a_target_outside_the_vocabulary_costs_infinitely_much():
-    nats = target_nats(jnp.ones((3, 2)), jnp.ones((5, 2)), jnp.asarray([-1, 4, 5]), vocab_first=True)
+    nats = token_nll(jnp.ones((3, 2)), jnp.ones((5, 2)), jnp.asarray([-1, 4, 5]), vocab_first=True)
     np.testing.assert_allclose(nats, [np.inf, np.log(5.0), np.inf], rtol=1e-6)
 
 
@@ -56,16 +56,16 @@ def test_a_target_outside_the_vocabulary_costs_infinitely_much():
 def test_leading_axes_are_rows(lora_math, leading):
     x, w = lora_math.normal(0, (*leading, 5), "bfloat16"), lora_math.normal(1, (5, 7), "float32")
     target = jnp.full(leading, 3)
-    nats = target_nats(x, w, target, vocab_first=False)
+    nats = token_nll(x, w, target, vocab_first=False)
     assert (nats.shape, nats.dtype) == (leading, jnp.float32)
-    flat = target_nats(x.reshape(-1, 5), w, target.reshape(-1), vocab_first=False)
+    flat = token_nll(x.reshape(-1, 5), w, target.reshape(-1), vocab_first=False)
     np.testing.assert_array_equal(nats.reshape(-1), flat)
 
 
 @pytest.mark.parametrize("vocab_first", [True, False])
 def test_a_gradient_of_the_head_is_refused_by_name(lora_math, vocab_first):
     x, w, target = _operands(lora_math, 0, (4, 5, 6), vocab_first)
-    loss = lambda x, w: jnp.sum(target_nats(x, w, target, vocab_first=vocab_first))  # noqa: E731
+    loss = lambda x, w: jnp.sum(token_nll(x, w, target, vocab_first=vocab_first))  # noqa: E731
     for step in (jax.grad(loss, argnums=1), jax.grad(loss, argnums=(0, 1)), jax.jit(jax.grad(loss, argnums=1))):
         with pytest.raises(NotImplementedError, match="no gradient for the head's weight"):
             step(x, w)
@@ -76,7 +76,7 @@ def test_a_gradient_of_the_head_is_refused_by_name(lora_math, vocab_first):
 
 def _step(w, vocab_first):
     return jax.vmap(
-        jax.value_and_grad(lambda x, target: jnp.sum(target_nats(x, w, target, vocab_first=vocab_first))),
+        jax.value_and_grad(lambda x, target: jnp.sum(token_nll(x, w, target, vocab_first=vocab_first))),
         in_axes=(0, 0),
     )
 
@@ -87,7 +87,7 @@ def test_vmap_is_a_loop_over_users(lora_math, vocab_first):
     x, w, target = _operands(lora_math, 3, (24, 8, 30), vocab_first)
     x, target = x.reshape(4, 6, 8), target.reshape(4, 6)
     losses, gradients = _step(w, vocab_first)(x, target)
-    alone = jax.value_and_grad(lambda x, target: jnp.sum(target_nats(x, w, target, vocab_first=vocab_first)))
+    alone = jax.value_and_grad(lambda x, target: jnp.sum(token_nll(x, w, target, vocab_first=vocab_first)))
     for user in range(4):
         loss, gradient = alone(x[user], target[user])
         np.testing.assert_allclose(losses[user], loss, rtol=1e-6)
@@ -99,7 +99,7 @@ def test_vmap_is_a_loop_over_users(lora_math, vocab_first):
 
 def test_unbatched_operands_are_everybodys_and_batched_heads_their_own(lora_math):
     x, w, target = _operands(lora_math, 4, (6, 8, 30), True)
-    nats = functools.partial(target_nats, vocab_first=True)
+    nats = functools.partial(token_nll, vocab_first=True)
     other = (target + 1) % 30
     for user, each in enumerate(jax.vmap(nats, in_axes=(None, None, 0))(x, w, jnp.stack([target, other]))):
         np.testing.assert_allclose(each, nats(x, w, (target, other)[user]), rtol=1e-6)
@@ -116,7 +116,7 @@ def test_users_do_not_meet(lora_math):
     for before, after in zip(clean, poisoned, strict=True):
         np.testing.assert_array_equal(np.asarray(before)[[0, 2, 3]], np.asarray(after)[[0, 2, 3]])
         assert np.isnan(np.asarray(after)[1]).all()
-    crossed = jax.grad(lambda x: jnp.sum(jax.vmap(lambda x, t: target_nats(x, w, t, vocab_first=True))(x, target)[1]))
+    crossed = jax.grad(lambda x: jnp.sum(jax.vmap(lambda x, t: token_nll(x, w, t, vocab_first=True))(x, target)[1]))
     assert not np.any(np.asarray(crossed(x))[[0, 2, 3]])
 
 

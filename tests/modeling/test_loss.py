@@ -57,14 +57,14 @@ def test_both_roads_are_the_same_function(base):
     model, params, x, targets = base
     whole = lambda x: jnp.sum(cross_entropy(model.logits(params, x), targets))  # noqa: E731
     for frozen in (True, False):
-        nats = lambda x, frozen=frozen: jnp.sum(model.target_nats(params, x, targets, frozen=frozen))  # noqa: E731
+        nats = lambda x, frozen=frozen: jnp.sum(model.token_nll(params, x, targets, frozen=frozen))  # noqa: E731
         for got, want in zip(jax.value_and_grad(nats)(x), jax.value_and_grad(whole)(x), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_only_a_head_that_is_not_frozen_has_a_gradient(base):
     model, params, x, targets = base
-    loss = lambda params, frozen: jnp.sum(model.target_nats(params, x, targets, frozen=frozen))  # noqa: E731
+    loss = lambda params, frozen: jnp.sum(model.token_nll(params, x, targets, frozen=frozen))  # noqa: E731
     gradient = jax.grad(loss)(params, False)
     head = gradient["embed"]["embedding"] if model.config.tied_embeddings else gradient["lm_head"]["kernel"]
     assert np.any(np.asarray(head))
@@ -76,11 +76,11 @@ def test_an_adapter_at_the_head_is_asked():
     model = Model(CONFIG)
     params, x = model.init(jax.random.key(0)), jnp.ones((3, 16))
     targets, adapt = jnp.asarray([1, 2, 3]), Scaled("lm_head", 3.0)
-    nats = model.target_nats(params, x, targets, adapt)
+    nats = model.token_nll(params, x, targets, adapt)
     np.testing.assert_allclose(nats, cross_entropy(3.0 * model.logits(params, x), targets), rtol=1e-6)
-    assert np.all(np.asarray(nats) != np.asarray(model.target_nats(params, x, targets)))
-    elsewhere = model.target_nats(params, x, targets, Scaled("another", 3.0))
-    np.testing.assert_array_equal(elsewhere, model.target_nats(params, x, targets))
+    assert np.all(np.asarray(nats) != np.asarray(model.token_nll(params, x, targets)))
+    elsewhere = model.token_nll(params, x, targets, Scaled("another", 3.0))
+    np.testing.assert_array_equal(elsewhere, model.token_nll(params, x, targets))
 
 
 def _shapes(jaxpr):
@@ -98,7 +98,7 @@ def test_the_logits_of_a_large_vocabulary_do_not_exist():
     x, targets = (jax.ShapeDtypeStruct((4, 2, 512, *more), kind) for more, kind in (((16,), "float32"), ((), "int32")))
 
     def step(params, x, targets, frozen):
-        one = lambda x, targets: jnp.sum(model.target_nats(params, x, targets, frozen=frozen))  # noqa: E731
+        one = lambda x, targets: jnp.sum(model.token_nll(params, x, targets, frozen=frozen))  # noqa: E731
         return jax.vmap(jax.value_and_grad(one))(x, targets)
 
     def most(frozen):

@@ -17,7 +17,8 @@ from popax.errors import ConfigError
 from popax.modeling.block_config import MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
-from popax.objectives.policy import policy
+from popax.objectives.base import mean_of
+from popax.objectives.policy_gradient import policy_gradient
 from popax.objectives.sft import sft
 from popax.population.optimizer import constant, sgd
 from popax.population.state import hparams, init_population, population_shardings
@@ -59,7 +60,7 @@ def differences(model: Model, params, records) -> tuple[list[float], list[float]
     rollouts = pack_rollouts(model, [record.rollout(1.0) for record in records], 128)
     found = []
     for replay in (True, False):
-        _, sums = jax.jit(policy(model, replay=replay))(params, NO_ADAPT, rollouts)
+        _, sums = jax.jit(mean_of(policy_gradient(model, replay=replay)))(params, NO_ADAPT, rollouts)
         assert (float(sums.targets), float(sums.unmapped)) == (8 * 96, 0)
         found.append([float(sums.difference / sums.targets), float(sums.largest_difference)])
     return found[0], found[1]
@@ -115,7 +116,7 @@ def world() -> World:
 
 def gradient(world: World, objective, adapter, *batches):
     """((loss, sums), gradient) for each batch, compiled once."""
-    call = lambda adapter, batch: objective(world.params, bind(world.cohort, adapter, {}), batch)  # noqa: E731
+    call = lambda adapter, batch: mean_of(objective)(world.params, bind(world.cohort, adapter, {}), batch)  # noqa: E731
     compiled = jax.jit(jax.value_and_grad(call, has_aux=True))
     return [compiled(adapter, batch) for batch in batches]
 
@@ -140,14 +141,14 @@ def test_the_routers_own_routes_and_advantage_one_are_supervised_fine_tuning(wor
         )[2]
     )
     own = plain._replace(routes_BxTxLxK=forward(plain.batch), serve_logps_BxT=np.zeros_like(plain.serve_logps_BxT))
-    (((loss, sums), grads),) = gradient(world, policy(SMALL, importance=False, remat="full"), adapter, own)
+    (((loss, sums), grads),) = gradient(world, policy_gradient(SMALL, importance=False, remat="full"), adapter, own)
     (((sft_loss, sft_sums), sft_grads),) = gradient(world, sft(SMALL), adapter, plain.batch)
-    close((loss, sums.nats, sums.targets, grads), (sft_loss, sft_sums.nats, sft_sums.targets, sft_grads))
+    close((loss, sums.nll, sums.targets, grads), (sft_loss, sft_sums.nll, sft_sums.targets, sft_grads))
     assert np.abs(grads["layers.moe.router"]["b"]).max() > 0, "the routers' scores have no gradient"
 
 
 def test_targets_without_a_record_leave_the_loss_and_are_counted(world):
-    adapter, objective = world.adapter(1), policy(SMALL)
+    adapter, objective = world.adapter(1), policy_gradient(SMALL)
     kept = [record.rollout(advantage) for record, advantage in zip(world.records, [1, -2, 3, 1, -1, 2], strict=True)]
     lost = kept[1]._replace(record=None)
     both = pack_rollouts(SMALL, [kept[0], lost, *kept[2:]], 12, rows=6)
@@ -187,12 +188,12 @@ def test_weights_are_the_ratio_to_serving_cut_off_above(world):
         )
     )
     nats_BxTxV = np.asarray(nats_of(rollouts.batch, rollouts.routes_BxTxLxK), np.float64)
-    nats_BxT = np.take_along_axis(nats_BxTxV, np.asarray(rollouts.batch.targets_BxT)[..., None], axis=-1)[..., 0]
+    nll_BxT = np.take_along_axis(nats_BxTxV, np.asarray(rollouts.batch.targets_BxT)[..., None], axis=-1)[..., 0]
     sampled = np.asarray(rollouts.batch.weights_BxT) > 0
-    nats, ratio = nats_BxT[sampled], np.exp(-nats_BxT[sampled] - np.asarray(rollouts.serve_logps_BxT)[sampled])
+    nats, ratio = nll_BxT[sampled], np.exp(-nll_BxT[sampled] - np.asarray(rollouts.serve_logps_BxT)[sampled])
     assert ratio.min() < 0.9 < 1.1 < ratio.max()
     for cap in (math.inf, 1.1):
-        objective = jax.jit(policy(SMALL, max_ratio=cap))
+        objective = jax.jit(mean_of(policy_gradient(SMALL, max_ratio=cap)))
         loss, sums = objective(world.params, bind(world.cohort, adapter, {}), rollouts)
         assert float(loss) == pytest.approx(float(np.mean(2.0 * np.minimum(ratio, cap) * nats)), rel=1e-4)
         assert float(sums.difference) == pytest.approx(float(np.abs(np.log(ratio)).sum()), rel=1e-3)
@@ -200,7 +201,7 @@ def test_weights_are_the_ratio_to_serving_cut_off_above(world):
 
 
 def test_invariant_1_a_member_with_rollouts_is_the_member_alone(world):
-    arguments = (world.cohort, policy(SMALL), sgd(), constant())
+    arguments = (world.cohort, policy_gradient(SMALL), sgd(), constant())
     keys, own = jax.random.split(jax.random.key(1), 3), hparams(learning_rate=0.5, max_steps=9)
     state = init_population(world.cohort, sgd(), keys, own)
     each = [pack_rollouts(SMALL, [r.rollout(1.0) for r in world.records[at : at + 2]], 24, rows=1) for at in (0, 2, 4)]
@@ -221,7 +222,7 @@ def test_invariant_1_a_member_with_rollouts_is_the_member_alone(world):
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"population": 8}, {"population": 2, "expert": 4}], ids=str)
 def test_invariant_10_replay_on_a_mesh_is_the_same_step(world, axes):
-    arguments = (world.cohort, policy(SMALL), sgd(), constant())
+    arguments = (world.cohort, policy_gradient(SMALL), sgd(), constant())
     keys, own = jax.random.split(jax.random.key(1), 8), hparams(learning_rate=0.5, max_steps=9)
     state = init_population(world.cohort, sgd(), keys, own)
     rollouts = pack_rollouts(SMALL, [record.rollout(1.0) for record in world.records[:2]], 24, rows=1)
@@ -246,4 +247,4 @@ def test_invariant_10_replay_on_a_mesh_is_the_same_step(world, axes):
 @pytest.mark.parametrize("max_ratio", [0.0, float("nan")])
 def test_a_ratio_that_lets_nothing_through_is_refused(max_ratio):
     with pytest.raises(ConfigError, match="max_ratio"):
-        policy(SMALL, max_ratio=max_ratio)
+        policy_gradient(SMALL, max_ratio=max_ratio)

@@ -10,7 +10,8 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.data.rollouts import RolloutRecord, pack_rollouts
 from popax.modeling.base import Base, load_base
-from popax.objectives.policy import policy
+from popax.objectives.base import mean_of
+from popax.objectives.policy_gradient import policy_gradient
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -90,7 +91,7 @@ def every_action(base: Base, routes_TxLxK):
 def adapter_gradients(base: Base, rollouts, **options):
     """(adapter, its gradient): LoRA on the query projection and on the router, fresh, so that W' = W."""
     cohort = Cohort.of(AdapterConfig(rank=3, alpha=3.0, targets=tuple(SITES)), base.model.sites())
-    adapter, objective = cohort.init(jax.random.key(2)), policy(base.model, **options)
+    adapter, objective = cohort.init(jax.random.key(2)), mean_of(policy_gradient(base.model, **options))
 
     def loss(adapter):
         return objective(base.params, bind(cohort, adapter, {}), rollouts)[0]

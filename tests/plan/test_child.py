@@ -13,7 +13,7 @@ CONFIG = PlanConfig(topology="v5e:2x2", mesh=MeshShape(fsdp=4))
 
 
 def test_an_optimizer_without_a_name_cannot_be_handed_over():
-    config = PlanConfig(topology="v5e:2x2", mesh=MeshShape(fsdp=4), optimizer=lambda rate: optax.sgd(rate))
+    config = PlanConfig(topology="v5e:2x2", mesh=MeshShape(fsdp=4), optimizer=lambda own: optax.sgd(own.learning_rate))
     with pytest.raises(PlanError, match="use named functions"):
         child.compile_apart(config, None, "train")
 

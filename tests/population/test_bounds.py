@@ -10,6 +10,7 @@ from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.adapters.table import METHODS
 from popax.errors import ConfigError
+from popax.objectives.base import mean_of
 from popax.objectives.kl import sft_with_kl
 from popax.objectives.sft import sft
 from popax.population.bounds import total_norm, within_budget
@@ -86,7 +87,7 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
     trained, _ = step(bench.params, shared, trained, random_batch(USERS, seed=1))
     batch, objective = member(random_batch(USERS, seed=2), 0), sft_with_kl(bench.model, chunk=3)
     adapt = bind(cohort, member(trained, 0).adapters, shared)
-    _, sums = objective(bench.params, adapt, batch)
+    loss, sums = mean_of(objective)(bench.params, adapt, batch, hparams(learning_rate=1.0, max_steps=1, kl_weight=0.5))
 
     @jax.jit
     def logps(adapt):
@@ -101,9 +102,11 @@ def test_kl_is_that_of_the_whole_distributions(bench, random_batch):
     own, base = (np.asarray(logps(each), np.float64) for each in (adapt, None))
     want = np.sum(np.exp(own) * (own - base), axis=-1) * np.asarray(batch.weights_BxT)
     np.testing.assert_allclose(sums.kl, want.sum(), rtol=1e-3)
+    # The objective holds its whole loss.
+    np.testing.assert_allclose(loss, (sums.nll + 0.5 * sums.kl) / sums.targets, rtol=1e-6)
     assert float(sums.kl) > 1e-4
     fresh = bind(cohort, member(state, 0).adapters, shared)
-    np.testing.assert_allclose(objective(bench.params, fresh, batch)[1].kl, 0.0, atol=1e-5)
+    np.testing.assert_allclose(objective(bench.params, fresh, batch, None)[2].kl, 0.0, atol=1e-5)
 
 
 def test_a_users_own_weight_holds_them_near_the_base(bench, random_batch):

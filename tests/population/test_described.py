@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from popax.population.described import compared, described
-from popax.population.optimizer import adamw, constant, warmup_constant, warmup_cosine
+from popax.population.optimizer import adamw, as_optimizer, constant, warmup_constant, warmup_cosine
 
 
 def test_arguments_are_kept():
@@ -17,6 +17,8 @@ def test_arguments_are_kept():
     }
     assert described(adamw())["b1"] == 0.9
     assert described(optax.adamw) == "adamw"
+    # What a run of an older popax recorded of it, which took a function of the rate alone.
+    assert described(as_optimizer(optax.adamw)) == "adamw"
     assert described(functools.partial(optax.sgd, 1e-3)) == {"name": "sgd", "0": 1e-3}
 
 

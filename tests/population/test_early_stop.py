@@ -8,7 +8,7 @@ import pytest
 from popax.adapters.base import AdapterConfig
 from popax.adapters.cohort import Cohort
 from popax.errors import ConfigError, PopulationError
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.population.early_stop import EarlyStop, observe
 from popax.population.optimizer import adamw
 from popax.population.state import empty_population, hparams, init_population, selected_adapters
@@ -37,7 +37,7 @@ look = jax.jit(observe, static_argnums=0)  # eagerly, each of its operations wou
 
 def losses(values, targets=1.0):
     values = jnp.asarray(values, jnp.float32)
-    return Sums(values, jnp.full(values.shape, targets, jnp.float32), jnp.ones(values.shape, jnp.float32))
+    return LossSums(values, jnp.full(values.shape, targets, jnp.float32), jnp.ones(values.shape, jnp.float32))
 
 
 def moved(state, by):
@@ -128,7 +128,7 @@ def test_the_optimizers_state_is_kept_with_the_adapter(cohort):
     def with_count(state, count):
         return state._replace(opt_state=jax.tree.map(lambda leaf: jnp.full_like(leaf, count), state.opt_state))
 
-    state = look(RULE, population(cohort, 2, track_best=True, keep_optimizer=True), losses([5.0, 5.0]))
+    state = look(RULE, population(cohort, 2, track_best=True, save_optimizer_state=True), losses([5.0, 5.0]))
     state = look(RULE, with_count(moved(state, 1.0), 1), losses([4.0, 6.0]))
     leaves = jax.tree.leaves(state.best.opt_state)
     assert len(leaves) == len(jax.tree.leaves(state.opt_state)) > 1

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.objectives.sft import sft
 from popax.population.optimizer import adamw, constant, sgd, warmup_cosine
 from popax.population.state import hparams, init_population
@@ -35,11 +35,11 @@ def population(bench, dtype, *, users=1, optimizer=None, method="lora", **settin
 def linear(gradient):
     """An objective whose gradient is this number, a step, in every leaf of the layers' adapter."""
 
-    def objective(base, adapt, batch):
+    def objective(base, adapt, batch, hparams):
         leaves = jax.tree.leaves(adapt.layers.state)
         loss = gradient * sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in leaves)
         zero = jnp.zeros(())
-        return loss, Sums(zero, zero, zero)
+        return loss, jnp.ones(()), LossSums(zero, zero, zero)
 
     return objective
 
@@ -98,7 +98,7 @@ def test_the_model_sees_what_will_be_stored(bench, random_batch, dtype):
     stored = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(getattr(ml_dtypes, dtype, dtype))), noise)
     loss = jax.jit(population_loss(cohort, sft(bench.model)))
     masters, again = (loss(bench.params, {}, each, random_batch(1)) for each in (noise, stored))
-    np.testing.assert_allclose(masters.nats, again.nats, rtol=1e-6)
+    np.testing.assert_allclose(masters.nll, again.nll, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -141,9 +141,11 @@ def test_an_optimizer_may_keep_an_infinity_of_its_own(bench, random_batch):
     """A best value so far, say: only what breaks in a step is refused."""
     import optax
 
-    def patient(rate):
+    def patient(own):
         start = lambda params: {"best": jnp.float32(jnp.inf)}  # noqa: E731
-        return optax.chain(optax.GradientTransformation(start, lambda u, s, p=None: (u, s)), optax.sgd(rate))
+        return optax.chain(
+            optax.GradientTransformation(start, lambda u, s, p=None: (u, s)), optax.sgd(own.learning_rate)
+        )
 
     cohort, state = population(bench, "float32", optimizer=patient)
     step = jax.jit(population_step(cohort, sft(bench.model), patient, constant()))

@@ -11,9 +11,10 @@ import pytest
 from popax.adapters.apply import bind
 from popax.adapters.compose import Part, compose
 from popax.errors import ComposeError
+from popax.objectives.base import mean_of
 from popax.objectives.entropy import entropy
 from popax.objectives.sft import sft
-from popax.population.mixing import CEMConfig, Experts, generation, gradient_step, mixed, side_by_side, start
+from popax.population.mixing import AdapterBasis, CEMConfig, generation, gradient_step, mixed, side_by_side, start
 from popax.trees import member
 from tests.population.conftest import EVERY_SITE
 
@@ -71,7 +72,7 @@ def test_a_layers_coefficients_act_on_that_layer_and_expert_alone(parts):
             assert b[own].any() == (row == 1)
 
 
-def planted(bench, random_batch, experts: Experts, mix):
+def planted(bench, random_batch, experts: AdapterBasis, mix):
     """Text whose targets are what the mix would say: its own predictions are best there."""
     batch = member(random_batch(1, rows=8), 0)
     logits = outputs(bench, experts.cohort, mixed(experts, mix), {}, batch)
@@ -92,7 +93,7 @@ def test_the_search_beats_every_single_expert_in_one_program(bench, random_batch
     assert best == sorted(best, reverse=True)
 
     def loss(mix):
-        return float(objective(bench.params, bind(experts.cohort, mixed(experts, mix), {}), batch)[0])
+        return float(mean_of(objective)(bench.params, bind(experts.cohort, mixed(experts, mix), {}), batch)[0])
 
     singles = [loss(jnp.zeros((3, 3)).at[:, expert].set(1.0)) for expert in range(3)]
     np.testing.assert_allclose(loss(search.best_MxK), search.best_loss, rtol=1e-4)
@@ -133,10 +134,10 @@ def test_entropy_is_that_of_the_whole_distribution_and_reads_no_target(bench, ra
     weights = np.asarray(batch.weights_BxT)
     want = (-(np.exp(logp) * logp).sum(-1) * weights).sum() / weights.sum()
     adapt = bind(*part[:3])
-    got = entropy(bench.model, chunk=5)(bench.params, adapt, batch)[0]
+    got = mean_of(entropy(bench.model, chunk=5))(bench.params, adapt, batch)[0]
     np.testing.assert_allclose(got, want, rtol=1e-4)
     other = batch._replace(targets_BxT=(batch.targets_BxT + 1) % 32)
-    np.testing.assert_array_equal(entropy(bench.model, chunk=5)(bench.params, adapt, other)[0], got)
+    np.testing.assert_array_equal(mean_of(entropy(bench.model, chunk=5))(bench.params, adapt, other)[0], got)
 
 
 def test_what_cannot_be_mixed_says_why(bench, parts):

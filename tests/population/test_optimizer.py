@@ -114,7 +114,7 @@ def test_a_schedule_of_ones_own_that_leaves_a_step_without_a_rate_is_refused(ben
 
 def test_optimizers_and_schedules_of_ones_own_work():
     TrainConfig(optimizer=optax.adamw, schedule=lambda step, max_steps: 0.5)
-    TrainConfig(optimizer=lambda rate: optax.chain(optax.clip(1.0), optax.sgd(rate)))
+    TrainConfig(optimizer=lambda own: optax.chain(optax.clip(1.0), optax.sgd(own.learning_rate)))
     TrainConfig(optimizer=lion(), schedule=warmup_constant(warmup_steps=3))
 
 

@@ -12,10 +12,12 @@ from popax.population.optimizer import (
     clip_by_global_norm,
     constant,
     lion,
+    settings_of,
     sgd,
     warmup_constant,
     warmup_cosine,
 )
+from popax.population.state import hparams
 
 LONG = 100_000  # steps, of which one is nothing
 
@@ -81,7 +83,8 @@ GRADS, START, RATE = np.float32([0.5, -2.0]), np.float32([1.0, 4.0]), 0.125
 
 def after(optimizer, steps=2):
     """START after these steps along GRADS, and then one against them, each taken by itself."""
-    transformation, params = optimizer(jnp.float32(RATE)), {"w": jnp.asarray(START)}
+    own = settings_of(optimizer, hparams(learning_rate=RATE, max_steps=9))
+    transformation, params = optimizer(own), {"w": jnp.asarray(START)}
     state = transformation.init(params)
     for sign in [*[1.0] * steps, -1.0]:
         grads = {"w": jnp.asarray(np.float32(sign) * GRADS)}

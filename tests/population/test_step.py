@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from popax.adapters.apply import bind
 from popax.adapters.cohort import Cohort
 from popax.adapters.table import METHODS
+from popax.objectives.base import mean_of
 from popax.objectives.sft import sft
 from popax.population.optimizer import adamw, clip_by_global_norm, constant, lion, sgd, warmup_cosine
 from popax.population.state import (
@@ -35,7 +36,7 @@ OPTIMIZERS = {
     "adamw": adamw(weight_decay=0.1, eps=1e-5),
     "sgd": sgd(momentum=0.9),
     "lion": lion(),
-    "adafactor": lambda rate: optax.adafactor(rate, min_dim_size_to_factor=4),
+    "adafactor": lambda own: optax.adafactor(own.learning_rate, min_dim_size_to_factor=4),
 }
 USERS = 4
 
@@ -115,7 +116,7 @@ def test_invariant_1_member_in_population_equals_member_alone(bench, random_batc
 @by_case(WITH_ADAMW)
 def test_invariant_2_no_gradient_from_one_users_tokens_to_anothers_adapter(bench, random_batch, case):
     cohort, shared, state = case.cohort, case.shared, case.state
-    objective, batch = sft(bench.model), random_batch(USERS)
+    objective, batch = mean_of(sft(bench.model)), random_batch(USERS)
 
     def loss_of_user(adapters, user):
         losses = jax.vmap(lambda one, own: objective(bench.params, bind(cohort, one, shared), own)[0])(adapters, batch)
@@ -265,3 +266,54 @@ def test_invariant_10_no_collective_crosses_the_population_axis(bench, random_ba
     )(bench.params, shared, state, batch)
     # Adam's first step is the gradient's sign where the gradient is not rounding alone.
     assert_close(after.adapters, unsharded.adapters, 2e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_micro_batches_of_unequal_targets_are_one_batch(bench, random_batch, parts):
+    """Ten rows at once, or in so many parts: the same gradient, loss and step, to 1e-6; with adapters of several kinds
+    of leaves and each user's own targets."""
+    cohort, shared, state = fresh(bench, "dora", OPTIMIZERS["adamw"])
+    whole = random_batch(USERS, rows=10, seed=3)
+    # Part 0 of user 1 has no target at all; the others have from few to many.
+    weights = np.array(whole.weights_BxT)
+    for user in range(USERS):
+        for row in range(10):
+            weights[user, row, : (row + user) % 9] = 0
+    weights[1, : 10 // parts] = 0
+    whole = whole._replace(weights_BxT=jnp.asarray(weights))
+    cut = jax.tree.map(lambda leaf: leaf.reshape(USERS, parts, 10 // parts, *leaf.shape[2:]), whole)
+    counts = np.asarray(cut.weights_BxT).sum((2, 3))
+    assert len(set(counts[0])) > 1
+    arguments = (cohort, sft(bench.model), OPTIMIZERS["adamw"], constant())
+    at_once, in_parts = (
+        jax.jit(population_step(*arguments, accumulate=accumulate, weight=bench.model.site_weight))
+        for accumulate in (1, parts)
+    )
+    one, other = state, state
+    for _ in range(2):
+        one, whole_metrics = at_once(bench.params, shared, one, whole)
+        other, part_metrics = in_parts(bench.params, shared, other, cut)
+        assert_close(whole_metrics, part_metrics, 1e-6)
+    assert_close(one.adapters, other.adapters, 1e-6)
+    assert_close(one.opt_state, other.opt_state, 1e-6)
+
+
+def test_each_member_has_their_own_betas_eps_and_decay(bench, random_batch):
+    """A population whose members differ in them: each as if the optimizer had been made with theirs."""
+    cohort, shared, state = fresh(bench, "lora", adamw())
+    own = {"b1": [0.9, 0.5, 0.9, 0.8], "b2": [0.999, 0.9, 0.99, 0.999], "eps": [1e-8, 1e-3, 1e-6, 1e-8]}
+    own["weight_decay"] = [0.0, 0.1, 0.0, 0.3]
+    arrays = {name: jnp.asarray(values, jnp.float32) for name, values in own.items()}
+    state = state._replace(hparams=state.hparams._replace(**arrays))
+    together = jax.jit(population_step(cohort, sft(bench.model), adamw(), constant()))
+    after = state
+    for seed in range(3):
+        after, _ = together(bench.params, shared, after, random_batch(USERS, seed=seed))
+    for user in range(USERS):
+        # optax's own, of numbers and not of arrays.
+        made = {name: values[user] for name, values in own.items()}
+        alone = lambda hparams, made=made: optax.adamw(hparams.learning_rate, **made)  # noqa: E731
+        step, single = jax.jit(member_step(cohort, sft(bench.model), alone, constant())), member(state, user)
+        for seed in range(3):
+            single, _ = step(bench.params, shared, single, member(random_batch(USERS, seed=seed), user))
+        assert_close(member(after, user).adapters, single.adapters, 1e-5)

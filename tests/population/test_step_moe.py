@@ -14,6 +14,7 @@ from popax.adapters.cohort import Cohort
 from popax.modeling.block_config import MLAConfig, MoEConfig
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
+from popax.objectives.base import mean_of
 from popax.objectives.sft import sft
 from popax.population.optimizer import constant, sgd
 from popax.population.state import hparams, init_population, population_shardings
@@ -101,7 +102,7 @@ def test_invariant_2_no_gradient_from_one_users_tokens_to_anothers_adapter(rando
     setup, batch, objective = make(4), random_batch(4), sft(MODEL)
 
     def loss_of_user(adapters, user):
-        one = lambda adapter, own: objective(setup.params, bind(setup.cohort, adapter, {}), own)[0]  # noqa: E731
+        one = lambda adapter, own: mean_of(objective)(setup.params, bind(setup.cohort, adapter, {}), own)[0]  # noqa: E731
         return jax.vmap(one)(adapters, batch)[user]
 
     gradient = jax.jit(jax.grad(loss_of_user))

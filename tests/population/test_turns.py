@@ -32,16 +32,16 @@ def test_together_is_by_seat_and_apart_is_its_inverse(bench, axes):
         seats = np.asarray(turns.seats_of(turn))
         full = jax.tree.map(lambda leaf: np.broadcast_to(seats.reshape(-1, *[1] * (leaf.ndim - 1)), leaf.shape), empty)
         full = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), full, empty)
-        return turns.wait(jax.device_put(full, shardings) if mesh else jax.device_put(full))
+        return turns.to_host(jax.device_put(full, shardings) if mesh else jax.device_put(full))
 
     states = [state_of(turn) for turn in range(TURNS)]
-    whole = turns.together(states)
+    whole = turns.join_turns(states)
     for leaf in jax.tree.leaves(whole):
         assert leaf.shape[0] == SLOTS * TURNS
         assert leaf.sharding.memory_kind == "pinned_host"
         seats = np.arange(SLOTS * TURNS).reshape(-1, *[1] * (leaf.ndim - 1))
         np.testing.assert_array_equal(np.asarray(leaf), np.broadcast_to(seats, leaf.shape).astype(leaf.dtype))
-    for state, again in zip(states, turns.apart(whole), strict=True):
+    for state, again in zip(states, turns.split_turns(whole), strict=True):
         jax.tree.map(np.testing.assert_array_equal, state, again)
-        entered = jax.tree.leaves(turns.enter(again))
+        entered = jax.tree.leaves(turns.to_device(again))
         assert {leaf.sharding.memory_kind for leaf in entered} == {jax.devices()[0].default_memory().kind}

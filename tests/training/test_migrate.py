@@ -18,7 +18,8 @@ from popax.evaluation.columns import EvalConfig
 from popax.evaluation.revisions import score_revisions
 from popax.modeling.base import new_base
 from popax.modeling.model import Model
-from popax.objectives.distill import Lesson, distill, pair
+from popax.objectives.base import mean_of
+from popax.objectives.distill import DistillBatch, distill, pair
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import constant
 from popax.store import Catalog, RowLayout
@@ -199,9 +200,9 @@ def _divergences(old, new, catalog, data, of):
         teacher, student = (catalog.cohort_of(manifest) for manifest in (one, other))
         cohorts = [Cohort(stored.config, tuple(stored.specs.values())) for stored in (teacher, student)]
         batch = jax.tree.map(lambda leaf: leaf[0], data.evaluation([user], "future"))
-        objective = distill(new.model, old.model, cohorts[0])
+        objective = mean_of(distill(new.model, old.model, cohorts[0]))
         params = pair(new.params, old.params, {})
-        found[user] = float(objective(params, bind(cohorts[1], learns, {}), Lesson(batch, taught))[0])
+        found[user] = float(objective(params, bind(cohorts[1], learns, {}), DistillBatch(batch, taught))[0])
     return found
 
 

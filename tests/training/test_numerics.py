@@ -15,6 +15,7 @@ from popax.data.pipeline import UserPipeline
 from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.modeling.model import Model
+from popax.objectives.base import mean_of
 from popax.objectives.sft import sft
 from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import constant, warmup_constant, warmup_cosine
@@ -74,7 +75,9 @@ def test_masters_survive_a_stop_and_users_keep_what_is_stored(base, pipeline_of,
 @pytest.mark.slow
 def test_invariant_6_twenty_stops_change_no_bit_of_float16_adapters(base, pipeline_of, train_config, tmp_path):
     pipeline = pipeline_of(14)
-    config = narrow(train_config, "float16", keep_optimizer=True, steps=6, early_stop=EarlyStop(every=1, patience=3))
+    config = narrow(
+        train_config, "float16", save_optimizer_state=True, steps=6, early_stop=EarlyStop(every=1, patience=3)
+    )
     straight, _ = run(base, pipeline, config, tmp_path / "straight")
     again, starts = stopped_everywhere(base, pipeline, config, tmp_path / "stopped")
     assert starts > 20
@@ -86,7 +89,7 @@ def test_invariant_6_twenty_stops_change_no_bit_of_float16_adapters(base, pipeli
 
 def test_two_runs_are_one_whatever_is_stored(base, pipeline_of, train_config, tmp_path):
     """The masters are kept with the optimizer's state: what is stored of them would not be enough."""
-    own = {"early_stop": None, "schedule": warmup_constant(warmup_steps=3), "keep_optimizer": True}
+    own = {"early_stop": None, "schedule": warmup_constant(warmup_steps=3), "save_optimizer_state": True}
     pipeline, config = pipeline_of(3), narrow(train_config, **own)
     straight, _ = run(base, pipeline, config, tmp_path / "straight")
     first = dataclasses.replace(config, steps=3)
@@ -104,7 +107,7 @@ def test_two_runs_are_one_whatever_is_stored(base, pipeline_of, train_config, tm
 def test_a_state_that_was_kept_in_few_bits_goes_on(base, pipeline_of, train_config, tmp_path):
     """As it was written before there were masters: moments of the adapter's own dtype, and none beside them."""
     pipeline = pipeline_of(1)
-    config = narrow(train_config, early_stop=None, schedule=constant(), keep_optimizer=True, steps=2)
+    config = narrow(train_config, early_stop=None, schedule=constant(), save_optimizer_state=True, steps=2)
     catalog, _ = run(base, pipeline, config, tmp_path)
     adapter, manifest = catalog.load("user-000")
     state = catalog.load_optimizer(manifest)
@@ -123,8 +126,8 @@ def test_a_state_that_was_kept_in_few_bits_goes_on(base, pipeline_of, train_conf
 def test_skipped_steps_are_seen(base, pipeline_of, train_config, tmp_path, capsys):
     """An update of NaN on the third step of each: on the console, in metrics.jsonl and in the manifest."""
 
-    def poisoned(rate):
-        adam = optax.adam(rate)
+    def poisoned(own):
+        adam = optax.adam(own.learning_rate)
 
         def update(updates, state, params=None):
             updates, state = adam.update(updates, state, params)
@@ -219,7 +222,7 @@ def test_a_base_of_bfloat16_is_pretrained_as_one_of_float32(random_rows):
         hooks = PretrainHooks(on_step=lambda step, loss: losses.append(loss))
         model = Model(ModelConfig(**MODEL, param_dtype=dtype))
         params, _ = pretrain(model, lambda step: random_rows, config, hooks=hooks)
-        loss = float(sft(model)(params, NO_ADAPT, random_rows)[0])
+        loss = float(mean_of(sft(model))(params, NO_ADAPT, random_rows)[0])
         return losses[0] - loss, params
 
     (wide, _), (few, params) = trained("float32"), trained("bfloat16")

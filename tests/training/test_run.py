@@ -15,6 +15,7 @@ from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset
 from popax.errors import ConfigError, DataError, StorageError
+from popax.population.early_stop import EarlyStop
 from popax.population.optimizer import adamw
 from popax.store.catalog import Catalog
 from popax.training.run import train_population
@@ -62,6 +63,46 @@ def test_everyone_is_trained_as_if_alone(base, pipeline_of, train_config, tmp_pa
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), mine, other)
         moved += sum(float(np.abs(leaf).sum()) for site in mine.values() for name, leaf in site.items() if name != "a")
     assert moved > 0, "nothing was trained"
+
+
+def test_a_round_ends_when_all_its_members_are_done(base, pipeline_of, train_config, tmp_path):
+    """Eight users of one step in four slots: two iterations, however far apart validations are."""
+    rounds = []
+    config = train_config(slots=4, steps=1, early_stop=EarlyStop(every=10))
+    _, report = train(
+        base, pipeline_of(8), config, tmp_path, on_round=lambda seating, metrics: rounds.append(len(metrics))
+    )
+    assert report.finished
+    assert rounds == [1, 1]
+    assert report.iterations == 2
+
+
+def test_nobody_is_tokenised_at_each_step(base, pipeline_of, train_config, tmp_path, monkeypatch):
+    """More seats than `cached_users`: everyone's text was encoded anew for each batch."""
+    small = pipeline_of(6)
+    small = UserPipeline(small.dataset, small.tokenizer, dataclasses.replace(small.config, cached_users=2))
+    read, encode = [], UserPipeline._read_user
+    monkeypatch.setattr(UserPipeline, "_read_user", lambda self, user: read.append(user) or encode(self, user))
+    train(base, small, train_config(slots=3, turns=2), tmp_path)
+    assert sorted(read) == small.dataset.users()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turns", [1, 2])
+def test_invariant_1_and_6_with_micro_batches(base, pipeline_of, train_config, tmp_path, turns):
+    """Two micro-batches of one row a step are a step of two rows, whoever trains beside; stopped and resumed too."""
+    config = train_config(slots=2, turns=turns, optimizer=adamw(eps=1e-6))
+    whole = pipeline_of(5)
+    half = UserPipeline(whole.dataset, whole.tokenizer, dataclasses.replace(whole.config, batch_size=1))
+    at_once, _ = train(base, whole, config, tmp_path / "at_once")
+    config, finished = dataclasses.replace(config, accumulate=2), False
+    while not finished:
+        in_parts, report = train(base, half, config, tmp_path / "in_parts", stop_requested=lambda: True)
+        finished = report.finished
+    for user in whole.dataset.users():
+        (one, manifest), (other, again) = at_once.load(user), in_parts.load(user)
+        assert manifest.metrics["steps"] == again.metrics["steps"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, other)
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ from popax.bench.curve.config import CurveConfig, name_of
 from popax.data.pipeline import UserPipeline
 from popax.evaluation.columns import EvalConfig, Scorer, bits_per_byte, row_chunks
 from popax.modeling.base import Base
-from popax.objectives.base import Sums
+from popax.objectives.base import LossSums
 from popax.objectives.sft import sft
-from popax.population.state import init_population, stored_adapters
+from popax.population.state import PopulationState, init_population, stored_adapters
 from popax.training.compiled import Programs, compile_programs
 from popax.training.config import TrainConfig
+from popax.training.fit import BatchesAhead, fit
 from popax.training.members import user_key
 from popax.training.stream import pad_rows
 from popax.types import AdapterState, Batch
@@ -108,21 +109,32 @@ def train_members(base: Base, pipeline: UserPipeline, who: Members, cohort: Coho
     validation = jax.tree.map(
         lambda leaf: pad_rows(leaf, rows), pipeline.evaluation(who.names, "validation", max_rows=rows)
     )
-    assert programs.observe is not None
-    for step in range(config.steps + 1):
-        if step % config.round_length == 0 or step == config.steps:
-            state = programs.observe(state, programs.loss(base.params, shared, state.adapters, validation))
-        if step < config.steps:
-            # Another seed reads on where the one before it stops: other batches, in another order.
-            batch = pipeline.population(who.names, [step + int(seed) * config.steps for seed in who.seed_N])
-            state, _ = programs.step(base.params, shared, state, batch)
+
+    def make(step: int) -> Batch:
+        # Another seed reads on where the one before it stops: other batches, in another order.
+        steps = [step + int(seed) * config.steps for seed in who.seed_N]
+        return pipeline.population(who.names, steps, config.accumulate)
+
+    def observe(state: PopulationState) -> PopulationState:
+        assert programs.observe is not None
+        return programs.observe(state, programs.loss(base.params, shared, state.adapters, validation))
+
+    with BatchesAhead(make) as batches:
+        state = fit(
+            state,
+            steps=config.steps,
+            step=lambda state, batch: programs.step(base.params, shared, state, batch),
+            batches=batches,
+            observe=observe,
+            every=config.round_length,
+        )
     assert state.best is not None
     return Trained(stored_adapters(cohort, state), np.asarray(state.best.loss), shared, programs)
 
 
 def _sums(
     base: Base, programs: Programs, shared: AdapterState, adapters: AdapterState, batch: Batch, rows: int
-) -> Sums:
+) -> LossSums:
     parts = [programs.loss(base.params, shared, adapters, chunk) for chunk in row_chunks(batch, rows)]
     return jax.tree.map(lambda *leaves: np.sum([np.asarray(leaf) for leaf in leaves], axis=0), *parts)
 

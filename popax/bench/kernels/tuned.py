@@ -2,13 +2,13 @@
 
 import datetime
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
+from popax.atomic import write_text
 from popax.bench.report import versions
 from popax.kernels import tuning
 from popax.kernels.op import Op
@@ -61,10 +61,7 @@ def _merge(path: Path, kind: str, basis: str, new: list[Mapping[str, Any]]) -> N
     }
     body = ",\n".join("  " + json.dumps(rows[each]) for each in sorted(rows))
     text = json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:

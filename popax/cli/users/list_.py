@@ -4,7 +4,8 @@ import argparse
 import itertools
 import json
 
-from popax.cli.main import add_json, write_output
+from popax.atomic import write_text
+from popax.cli.main import add_json
 from popax.cli.users.shared import add_catalog, add_filters, filters_of, open_catalog, user_line
 
 NAME = "list"
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         for record, _ in itertools.islice(found, args.limit)
     )
     if args.json:
-        write_output(args.json, "[\n" + ",\n".join(text for _, _, text in lines) + "\n]\n")
+        write_text(args.json, "[\n" + ",\n".join(text for _, _, text in lines) + "\n]\n")
     for _, line, _ in lines:
         print(line)
     return 0

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from popax.atomic import write_text
 from popax.cli.keys import signer_of, trust_of
-from popax.cli.main import write_output
 
 if TYPE_CHECKING:
     from popax.store.bases import Fitted
@@ -84,7 +84,7 @@ def fitted_line(basis: "Fitted") -> str:
 def write_json(args: argparse.Namespace, value: Any) -> None:
     """`value` where --json asks for it."""
     if args.json:
-        write_output(args.json, json.dumps(value, indent=2) + "\n")
+        write_text(args.json, json.dumps(value, indent=2) + "\n")
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:

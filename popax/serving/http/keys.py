@@ -6,6 +6,7 @@ import json
 import secrets
 from pathlib import Path
 
+from popax.atomic import write_text
 from popax.errors import ConfigError
 
 PREFIX = "popax-"
@@ -63,8 +64,5 @@ def new_key(path: str | Path, tenant: str, *, admin: bool = False) -> str:
     found = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
     key = PREFIX + secrets.token_urlsafe(32)
     found[digest_of(key)] = {"tenant": tenant, "admin": admin}
-    partial = place.with_name(f".{place.name}.partial")
-    partial.touch(mode=0o600)
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    partial.replace(place)
+    write_text(place, json.dumps(found, indent=2) + "\n", private=True)
     return key

@@ -34,7 +34,7 @@ def runs(base, pipeline, place, *configs, **options):
 @pytest.fixture
 def kept(train_config):
     def make(**changes):
-        own = {"early_stop": None, "schedule": warmup_constant(warmup_steps=3), "keep_optimizer": True}
+        own = {"early_stop": None, "schedule": warmup_constant(warmup_steps=3), "save_optimizer_state": True}
         return train_config(**{**own, **changes})
 
     return make
@@ -60,7 +60,7 @@ def test_two_runs_of_three_steps_are_one_of_six(base, pipeline_of, kept, tmp_pat
         states = [catalog.load_optimizer(manifest) for catalog, manifest in found]
         jax.tree.map(lambda mine, theirs: np.testing.assert_array_equal(mine, theirs, strict=True), *states)
     # The same without the state is another adapter: the test could fail.
-    forgot = dataclasses.replace(first, keep_optimizer=False)
+    forgot = dataclasses.replace(first, save_optimizer_state=False)
     assert rows(runs(base, pipeline, tmp_path / "forgot", forgot, forgot), users) != rows(straight, users)
 
 
@@ -91,7 +91,7 @@ def test_another_optimizer_is_refused_by_name(base, pipeline_of, kept, tmp_path)
 
 
 def test_a_revision_without_a_state_is_continued_with_a_fresh_one(base, pipeline_of, kept, tmp_path):
-    catalog = runs(base, pipeline_of(1), tmp_path, kept(steps=2, keep_optimizer=False), kept(steps=2))
+    catalog = runs(base, pipeline_of(1), tmp_path, kept(steps=2, save_optimizer_state=False), kept(steps=2))
     assert [manifest.metrics["steps"] for manifest in catalog.history("user-000")] == [2, 2]
     assert [manifest.optimizer is None for manifest in catalog.history("user-000")] == [True, False]
 

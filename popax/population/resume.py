@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from popax.adapters.cohort import Cohort
 from popax.adapters.masters import has_masters
 from popax.errors import PopulationError
-from popax.population.state import HParams, PopulationState, selected_adapters
+from popax.population.state import PopulationState, selected_adapters
+from popax.types import HParams
 
 _SEPARATOR = ":"  # no site is named with it
 _MASTERS = "masters"
 
 
-def continuation(cohort: Cohort, member: PopulationState) -> dict[str, Any]:
-    """The state that belongs to `stored_adapters`, as a nested dict of arrays: what `continued` takes back. The
+def resume_state(cohort: Cohort, member: PopulationState) -> dict[str, Any]:
+    """The state that belongs to `stored_adapters`, as a nested dict of arrays: what `resumed` takes back. The
     masters are part of it where they are more than what is stored.
 
     Raises PopulationError where the member tracks a best adapter without the optimizer's state of that moment.
@@ -24,14 +25,14 @@ def continuation(cohort: Cohort, member: PopulationState) -> dict[str, Any]:
     if member.best is not None:
         if member.best.opt_state is None:
             raise PopulationError(
-                "the best adapter was tracked without its optimizer: make it with keep_optimizer=True"
+                "the best adapter was tracked without its optimizer: make it with save_optimizer_state=True"
             )
         opt_state, step = member.best.opt_state, member.best.step
     kept = {"optimizer": dict(_named(opt_state)), "step": step, "rng": member.rng}
     return kept | ({_MASTERS: selected_adapters(member)} if has_masters(cohort) else {})
 
 
-def continued(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
+def resumed(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
     """A member at step 0 (`init_member` from the kept adapter), put where the kept training stood.
 
     Its own max_steps more steps come after the kept ones. A state that was kept in fewer bits than it has now goes on
@@ -44,7 +45,7 @@ def continued(fresh: PopulationState, kept: dict[str, Any]) -> PopulationState:
         raise PopulationError(
             f"the optimizer's state that was kept is of another optimizer than this run's (differing: "
             f"{', '.join(name for name, _ in differing[:4])}); continue with the one that it was trained with, or "
-            "without keep_optimizer"
+            "without save_optimizer_state"
         )
     leaves = [jnp.asarray(found[name]) for name, _ in wanted]
     opt_state = jax.tree.unflatten(jax.tree.structure(fresh.opt_state), leaves)
