@@ -194,10 +194,18 @@ def _search_path() -> Iterator[None]:
         prefixes[:], readers[:] = before
 
 
-def _open_renamed(path: str) -> io.StringIO:
-    """The file's text, with today's keys; gin reads it as a file."""
+class _Named(io.StringIO):
+    """A text as the file of this name, which gin's errors say."""
+
+    name: str
+
+
+def _open_renamed(path: str) -> _Named:
+    """The file's text, with today's keys."""
     with open(path, encoding="utf-8") as file:
-        return io.StringIO(_renamed(file.read()))
+        text = _Named(_renamed(file.read()))
+    text.name = path
+    return text
 
 
 def _renamed(text: str) -> str:

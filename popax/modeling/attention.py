@@ -5,11 +5,14 @@ Kernels enter at `packed_attention` (training) and `dot_product_attention` (the 
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from popax.kernels.attention import packed_attention as in_blocks
+from popax.kernels.attention import sees
 from popax.modeling.cache import CacheView
 from popax.modeling.config import ModelConfig
 from popax.modeling.context_parallel import cut_axes, whole_rows
@@ -22,6 +25,31 @@ from popax.types import SiteFn
 # with strips of 128, 111 ms with none. Long rows get wider strips, so that programs stay small.
 STRIP = 64
 MAX_STRIPS = 8
+# Longer packed rows go block by block (popax.kernels.attention): measured as above, 512 tokens take 45 ms in strips and
+# 59 in blocks, 1,024 take 204 and 138, 4,096 take 4.0 and 2.4 s; and strips keep all scores for the backward pass.
+LONGEST_IN_STRIPS = 512
+
+
+class Seen(NamedTuple):
+    """What each token sees. mask_BxTxS: bool, of a cache, and of short packed rows. segments_BxT: int32, of packed
+    rows; all that there is of long ones, whose mask would grow with the square of the row."""
+
+    mask_BxTxS: jax.Array | None = None
+    segments_BxT: jax.Array | None = None
+
+    @classmethod
+    def in_segments(cls, segments_BxT: jax.Array) -> "Seen":
+        """Of packed rows; `popax.kernels.attention.sees` says what segments below 0 are."""
+        short = segments_BxT.shape[1] <= LONGEST_IN_STRIPS
+        return cls(packed_mask(segments_BxT) if short else None, segments_BxT)
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool [B, T, S], made where it is not there."""
+        if self.mask_BxTxS is not None:
+            return self.mask_BxTxS
+        assert self.segments_BxT is not None
+        return packed_mask(self.segments_BxT)
 
 
 def dot_product_attention(
@@ -71,18 +99,27 @@ def packed_attention(
     q_BxTxHxd: jax.Array,
     k_BxTxKxd: jax.Array,
     v_BxTxKxd: jax.Array,
-    mask_BxTxT: jax.Array,
+    seen: Seen,
     rules: ShardingRules,
     *,
     scale: float | None = None,
 ) -> jax.Array:
-    """`causal_attention`, of queries that stay on the devices that have them."""
+    """`causal_attention` of short rows, and in blocks of long ones; of queries that stay on the devices that have them.
+
+    A token that sees none (padding) gets something finite. Rows that lie on several devices have all their scores at
+    once, however long.
+    """
     length = q_BxTxHxd.shape[1]
     if not cut_axes(length, rules):
-        return causal_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxT, scale=scale)
+        if seen.mask_BxTxS is not None:
+            return causal_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, seen.mask_BxTxS, scale=scale)
+        assert seen.segments_BxT is not None
+        heads_first = _heads_first(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
+        scale = 1 / math.sqrt(q_BxTxHxd.shape[-1]) if scale is None else scale
+        return _heads_last(in_blocks(*heads_first, seen.segments_BxT, scale=scale))
     # No strips: they would take turns on the devices, each of which has one part of the queries.
     keys, values = (whole_rows(each, length, rules) for each in (k_BxTxKxd, v_BxTxKxd))
-    return dot_product_attention(q_BxTxHxd, keys, values, mask_BxTxT, scale=scale, cut=True)
+    return dot_product_attention(q_BxTxHxd, keys, values, seen.mask, scale=scale, cut=True)
 
 
 def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -121,11 +158,9 @@ def _attend(
 
 
 def packed_mask(segments_BxT: jax.Array) -> jax.Array:
-    """bool [B, T, T]: a token sees the earlier tokens and itself, inside its own segment; segment 0 is seen by none."""
-    length = segments_BxT.shape[1]
-    causal_TxT = jnp.tril(jnp.ones((length, length), bool))
-    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None, :]
-    return same_BxTxT & causal_TxT[None] & (segments_BxT != 0)[:, None, :]
+    """bool [B, T, T]: what each token of a packed row sees (`popax.kernels.attention.sees`)."""
+    at_T = jnp.arange(segments_BxT.shape[1])
+    return sees(segments_BxT, segments_BxT, at_T, at_T)
 
 
 def cache_mask(positions_BxT: jax.Array, length: int) -> jax.Array:
@@ -155,7 +190,7 @@ class Attention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask_BxTxS: jax.Array | None,
+        seen: Seen,
         site_fn: SiteFn,
         cache: CacheView | None,
         rules: ShardingRules,
@@ -170,8 +205,7 @@ class Attention(nnx.Module):
         q_BxTxHxd = rotate(q_BxTxHxd, *rope, config.rope_layout)
         k_BxTxKxd = rotate(k_BxTxKxd, *rope, config.rope_layout)
         if cache is None:
-            assert mask_BxTxS is not None
-            out = packed_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxS, rules)
+            out = packed_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, seen, rules)
         else:
             cache = cache.write(k_BxTxKxd, v_BxTxKxd)
             out = cache.attend(q_BxTxHxd, functools.partial(_over_cache, rules))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from popax.modeling.attention import dot_product_attention, packed_attention, split_heads
+from popax.modeling.attention import Seen, dot_product_attention, packed_attention, split_heads
 from popax.modeling.block_config import MLAConfig
 from popax.modeling.cache import CacheView
 from popax.modeling.config import ModelConfig, YarnRope
@@ -70,7 +70,7 @@ class LatentAttention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         rope: Rope,
-        mask_BxTxS: jax.Array | None,
+        seen: Seen,
         site_fn: SiteFn,
         cache: CacheView | None,
         rules: ShardingRules,
@@ -78,10 +78,9 @@ class LatentAttention(nnx.Module):
         """(output [B, T, D], the cache with this layer's latents written)."""
         q_BxTxHxd, latent_BxTxc = self._queries_and_latents(x_BxTxD, rope, site_fn)
         if cache is None:
-            assert mask_BxTxS is not None
             k_BxTxHxd, v_BxTxHxv = self._expanded(latent_BxTxc, site_fn)
             scale = softmax_scale(self.config)
-            out = packed_attention(q_BxTxHxd, k_BxTxHxd, v_BxTxHxv, mask_BxTxS, rules, scale=scale)
+            out = packed_attention(q_BxTxHxd, k_BxTxHxd, v_BxTxHxv, seen, rules, scale=scale)
         else:
             cache = cache.write(latent_BxTxc)
             out = cache.attend(q_BxTxHxd, functools.partial(self._attend_cache, site_fn, rules))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from popax.errors import ConfigError, SiteError
-from popax.modeling.attention import cache_mask, packed_mask
+from popax.modeling.attention import Seen, cache_mask
 from popax.modeling.cache import Cache, KVCache, LatentCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.quantise_rules import QuantiseRule
@@ -21,7 +21,7 @@ from popax.modeling.rope import cos_sin
 from popax.modeling.sites import site_infos
 from popax.modeling.stacks import Stack, stacks
 from popax.modeling.transformer import Block, Context, Ends, scan_blocks
-from popax.modeling.virtual import all_see, check_room, placed
+from popax.modeling.virtual import check_room, placed
 from popax.sharding import ShardingRules
 from popax.trees import flatten_named, unflatten_named
 from popax.types import EMBED, NO_ADAPT, Adapt, Batch, Params, SiteInfo
@@ -242,15 +242,14 @@ class Model:
             tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK = placed(
                 tokens_BxT, positions_BxT, segments_BxT, routes_BxTxLxK, ahead, own_B
             )
-        mask_BxTxS = None
+        seen = Seen()  # a paged cache has its own
         if isinstance(cache, KVCache | LatentCache):
-            mask_BxTxS = cache_mask(positions_BxT, cache.length)
+            seen = Seen(mask_BxTxS=cache_mask(positions_BxT, cache.length))
         elif cache is None:
-            mask_BxTxS = packed_mask(segments_BxT)
-            mask_BxTxS = all_see(mask_BxTxS, segments_BxT, ahead) if ahead else mask_BxTxS
+            seen = Seen.in_segments(segments_BxT)
         rope = cos_sin(self.config, positions_BxT)
         x_BxTxD = self._embedded(params, tokens_BxT, adapt) if embedded_BxTxD is None else embedded_BxTxD
-        context = Context(rope=rope, mask_BxTxS=mask_BxTxS, positions_BxT=positions_BxT, rules=self.rules)
+        context = Context(rope=rope, seen=seen, positions_BxT=positions_BxT, rules=self.rules)
         routes_LxBxTxK = None if routes_BxTxLxK is None else jnp.moveaxis(routes_BxTxLxK, 2, 0)
         taken_LxBxTxK = None
         for name, stack in self.stacks.items():

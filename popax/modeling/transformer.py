@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from popax.modeling.attention import Attention
+from popax.modeling.attention import Attention, Seen
 from popax.modeling.cache import Cache, CacheView, LayerCache, PagedCache, RaggedCache
 from popax.modeling.config import ModelConfig
 from popax.modeling.context_parallel import keep_cut
@@ -56,7 +56,7 @@ class Block(nnx.Module):
         routes_BxTxK: jax.Array | None,
     ) -> tuple[jax.Array, CacheView | None, jax.Array | None]:
         """(x, the cache, the experts of a mixture; None of a dense MLP)."""
-        rules, reads = context.rules, (context.rope, context.mask_BxTxS)
+        rules, reads = context.rules, (context.rope, context.seen)
         attended_BxTxD, cache = self.attn(self.attn_norm(x_BxTxD), *reads, site_fn, cache, rules)
         x_BxTxD = x_BxTxD + attended_BxTxD
         normed_BxTxD = self.mlp_norm(x_BxTxD)
@@ -111,11 +111,11 @@ class Head(Linear):
 
 
 class Context(NamedTuple):
-    """What every layer reads besides its input: (cos, sin) of the positions, the mask (None: a paged cache has its
-    own), the positions, and how the ambient mesh is used."""
+    """What every layer reads besides its input: (cos, sin) of the positions, what tokens see, the positions, and how
+    the ambient mesh is used."""
 
     rope: tuple[jax.Array, jax.Array]
-    mask_BxTxS: jax.Array | None
+    seen: Seen
     positions_BxT: jax.Array
     rules: ShardingRules
 
@@ -125,8 +125,7 @@ def _view(cache: Cache, layer: jax.Array, context: Context) -> CacheView:
         return PagedLayer(cache=cache, layer=layer, positions_Mx1=context.positions_BxT)
     if isinstance(cache, RaggedCache):
         return RaggedLayer(cache=cache, layer=layer, positions_Mx1=context.positions_BxT)
-    assert context.mask_BxTxS is not None
-    places = {"positions_BxT": context.positions_BxT, "mask_BxTxS": context.mask_BxTxS}
+    places = {"positions_BxT": context.positions_BxT, "mask_BxTxS": context.seen.mask}
     return LayerCache(cache=cache, layer=layer, **places)
 
 

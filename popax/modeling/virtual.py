@@ -13,7 +13,7 @@ from popax.errors import ConfigError
 from popax.modeling.config import ModelConfig
 from popax.types import NOT_RECORDED
 
-_THEIRS = -1  # the segment of virtual tokens
+_THEIRS = -1  # the segment of virtual tokens, which every text sees (popax.kernels.attention.sees)
 
 
 def virtual_ids(count: int) -> list[int]:
@@ -65,10 +65,3 @@ def placed(
         jnp.concatenate((theirs_Bxn, segments_BxT), axis=1),
         routes_BxTxLxK,
     )
-
-
-def all_see(mask_BxTxT: jax.Array, segments_BxT: jax.Array, count: int) -> jax.Array:
-    """The mask with the row's first `count` tokens, where they are virtual ones, seen by the tokens of every text."""
-    theirs_Bx1xn = (segments_BxT == _THEIRS)[:, None, :count]
-    text_BxTx1 = (segments_BxT > 0)[:, count:, None]
-    return mask_BxTxT.at[:, count:, :count].set(theirs_Bx1xn & text_BxTx1)
