@@ -32,7 +32,7 @@ def packed_attention(
         widths[axis] = (0, missing)
         return jnp.pad(x, widths) if missing else x
 
-    out = blockwise(
+    out: jax.Array = blockwise(  # pyright: ignore[reportAssignmentType] - custom_vjp's type says object
         padded(q_BxKxGxTxd, 3),
         padded(k_BxKxTxd, 2),
         padded(v_BxKxTxe, 2),

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import gin
 import gin.config
@@ -184,7 +184,7 @@ def _search_path() -> Iterator[None]:
     gin has no public way to take a folder back. Its other reader, of resources in Python packages, is left out: it
     fails on a folder without `__init__.py`, such as our configs seen from the checkout's root.
     """
-    prefixes, readers = gin.config._LOCATION_PREFIXES, gin.config._FILE_READERS
+    prefixes, readers = gin.config._LOCATION_PREFIXES, cast(list[Any], gin.config._FILE_READERS)
     before = list(prefixes), list(readers)
     prefixes[:] = ["", *map(str, _config_folders())]
     readers[:] = [(_open_renamed, os.path.isfile)]
