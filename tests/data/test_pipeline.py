@@ -149,6 +149,32 @@ def test_population_stacks_what_each_user_gets_alone(dataset):
     assert not any(leaf[1].any() for leaf in batch)
 
 
+def test_a_step_of_several_batches_reads_on_where_the_one_before_it_ended(dataset):
+    pipeline = make(dataset)
+    batch = pipeline.population(["b", None, "e"], [2, 0, 0], 3)
+    assert batch.tokens_BxT.shape == (3, 3, 3, 32)
+    for part in range(3):
+        assert equal(Batch._make(leaf[0, part] for leaf in batch), pipeline.batch("b", 6 + part))
+        assert equal(Batch._make(leaf[2, part] for leaf in batch), pipeline.batch("e", part))
+    assert not any(leaf[1].any() for leaf in batch)
+
+
+def test_there_is_room_for_those_who_are_read_again_and_again(dataset, monkeypatch):
+    read, encode = [], UserPipeline._read_user
+    monkeypatch.setattr(UserPipeline, "_read_user", lambda self, user: read.append(user) or encode(self, user))
+    small = make(dataset, cached_users=1)
+    roomy = small.for_users(3)
+    for _ in range(2):
+        for user in "abe":
+            assert equal(roomy.batch(user, 1), make(dataset).batch(user, 1))
+    assert [
+        user for user in read if read.count(user) > 3
+    ] == []  # once by it, and by each of two pipelines of one batch
+    assert small.for_users(1) is small
+    assert roomy.for_users(3) is roomy
+    assert roomy.for_users(4) is not roomy
+
+
 def test_evaluation_pads_to_the_longest(dataset):
     pipeline = make(dataset)
     counts = {user: len(pipeline.rows(user, "future").tokens_BxT) for user in "ae"}
