@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast
 
 import grain
@@ -187,20 +187,6 @@ def _shuffled(length: int, seed: int) -> grain.MapDataset:
     return (
         grain.MapDataset.range(length).repeat().map_with_index(lambda index, _: order(index // length)[index % length])
     )
-
-
-def prefetch(
-    batch: Callable[[int], Batch], *, num_steps: int, threads: int = 1, buffer: int = 2
-) -> grain.DatasetIterator[Batch]:
-    """Batches 0 .. num_steps-1, made by `threads` threads at most `buffer` ahead of who asks for them.
-
-    get_state() / set_state(state) resume exactly; close() ends the threads. batch: `MixedUsers.batch`, or
-    `lambda step: pipeline.population(users, [step] * len(users))`.
-    """
-    if min(threads, buffer) < 1:
-        raise ConfigError(f"threads={threads}, buffer={buffer}: at least 1 each")
-    steps = grain.MapDataset.range(num_steps).map(lambda step: batch(int(step)))
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
 
 
 def user_seed(user: str, seed: int) -> int:

@@ -2,14 +2,13 @@
 
 import collections
 import hashlib
-import threading
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from popax.data.pipeline import PipelineConfig, UserPipeline, prefetch, user_seed
+from popax.data.pipeline import PipelineConfig, UserPipeline, user_seed
 from popax.data.records import Example
 from popax.data.tokenize import load_tokenizer
 from popax.data.users import UserDataset, split_past_future
@@ -241,9 +240,6 @@ def test_what_is_asked_for_wrongly_is_named(dataset):
         pipeline.rows("a", "present")
     with pytest.raises(ConfigError, match="by='day'"):
         pipeline.mixed(["a"], by="day")
-    for wrong in ({"threads": 0}, {"buffer": 0}):
-        with pytest.raises(ConfigError, match="at least 1 each"):
-            prefetch(pipeline.mixed(["a"]).batch, num_steps=1, **wrong)
     with pytest.raises(ValueError, match="zip"):
         pipeline.population(["a", "b"], [0])
 
@@ -252,9 +248,6 @@ def test_the_least_settings_there_are():
     least = {"seq_len": 1, "batch_size": 1, "cached_users": 1, "past_fraction": 1.0, "validation_fraction": 0.0}
     pipeline = UserPipeline(UserDataset.from_examples({"a": ["hi"]}), BYTE, PipelineConfig(**least))
     assert pipeline.rows("a", "past").targets_BxT.tolist() == [[ord("h")], [ord("i")], [BYTE.eos_id]]
-    one_at_a_time = prefetch(lambda step: step, num_steps=3, threads=1, buffer=1)
-    assert list(one_at_a_time) == [0, 1, 2]
-    one_at_a_time.close()
 
 
 def test_documents_share_rows_where_that_is_asked_for():
@@ -276,44 +269,6 @@ def test_users_without_a_past():
         pipeline.mixed(["empty"])
     with pytest.raises(DataError, match="no user 'eve'"):
         pipeline.rows("eve", "past")
-
-
-def test_resuming_gives_the_same_remaining_batches(dataset):
-    """Invariant 6, on the data's side: bitwise, from any point, through a JSON-able state."""
-    pipeline = make(dataset)
-    users = ["a", None, "e"]
-    for batch in (pipeline.mixed(dataset.users()).batch, lambda step: pipeline.population(users, [step] * 3)):
-        whole = prefetch(batch, num_steps=12, threads=2, buffer=4)
-        for _ in range(5):
-            next(whole)
-        state = whole.get_state()
-        assert state == {"next_index": 5}
-        rest = list(whole)
-        whole.close()
-        resumed = prefetch(batch, num_steps=12)
-        next(resumed)
-        resumed.set_state(state)
-        again = list(resumed)
-        resumed.close()
-        assert len(rest) == len(again) == 7
-        assert all(equal(one, other) for one, other in zip(rest, again, strict=True))
-        assert all(equal(one, batch(5 + i)) for i, one in enumerate(rest))
-
-
-def test_prefetching_is_bounded():
-    made = []
-
-    def batch(step):
-        made.append((step, threading.current_thread().name))
-        return step
-
-    iterator = prefetch(batch, num_steps=1000, threads=2, buffer=3)
-    assert next(iterator) == 0
-    assert next(iterator) == 1
-    assert len(made) <= 2 + 3
-    assert len({thread for _, thread in made}) <= 2
-    assert threading.current_thread().name not in {thread for _, thread in made}
-    iterator.close()
 
 
 @pytest.mark.parametrize(
