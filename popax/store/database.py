@@ -241,7 +241,8 @@ def place_spec(name: str) -> ts.KvStore.Spec:
         return ts.KvStore.Spec({**record, "path": f"{record.get('path', '').rstrip('/')}/".lstrip("/")})
     if not is_local(name):
         return ts.KvStore.Spec(name if name.endswith("/") else f"{name}/")
-    return ts.KvStore.Spec({"driver": "file", "path": f"{Path(name).expanduser().absolute()}/"})
+    # Not resolved: a link stays one. TensorStore takes no "..".
+    return ts.KvStore.Spec({"driver": "file", "path": f"{os.path.abspath(Path(name).expanduser())}/"})
 
 
 def _check_format(name: str, marker: bytes) -> None:

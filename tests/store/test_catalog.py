@@ -201,6 +201,15 @@ def test_a_directory_whose_name_looks_like_an_escape(tmp_path, config, specs, la
     assert [path.name for path in tmp_path.iterdir()] == ["a b%20?#"]
 
 
+def test_a_path_may_go_up(tmp_path, monkeypatch, config, specs, layout, make_adapter):
+    """`--catalog ../run/catalog`: TensorStore itself takes no such path."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    catalog = Catalog.open("../catalog", create=True)
+    catalog.commit(catalog.cohort(config, specs, "base-a", layout), "ada", make_adapter())
+    assert Catalog.open(tmp_path / "catalog").exists("ada")
+
+
 def test_what_is_not_json_is_refused_before_anything_is_written(catalog, cohort, make_adapter):
     with pytest.raises(CatalogError, match="JSON"):
         catalog.commit(cohort, "ada", make_adapter(), metrics={"x": object()})
