@@ -164,7 +164,7 @@ FOREIGN = """
 import os
 if os.environ.get("JAX_PROCESS_ID") == "1" and "POPAX_SUPERVISED" in os.environ:
     from popax.data.pipeline import UserPipeline
-    def broken(self, users, steps):
+    def broken(self, *batch):
         raise KeyError("an error of no kind that popax knows")
     UserPipeline.population = broken
 """
