@@ -158,7 +158,7 @@ def test_a_schedule_is_recorded_with_its_arguments(base, pipeline_of, train_conf
     """A run that is called again with others is another run."""
     pipeline, config = pipeline_of(3), train_config(schedule=warmup_cosine(warmup_fraction=0.5), slots=1)
     settings = run_settings(base, pipeline, config)
-    assert settings["schedule"] == {"name": "warmup_cosine_factor", "warmup_fraction": 0.5, "floor": 0.0}
+    assert settings.get("schedule") == {"name": "warmup_cosine_factor", "warmup_fraction": 0.5, "floor": 0.0}
     _, report = run(base, pipeline, config, tmp_path, stop_requested=lambda: True)
     assert not report.finished
     for other in (warmup_cosine(warmup_fraction=0.25), warmup_cosine(warmup_fraction=0.5, floor=0.1)):
