@@ -145,9 +145,9 @@ def as_optimizer(optimizer: Any) -> Optimizer:
             f"optimizer={optimizer!r}: a function of a user's settings (popax.types.HParams) that gives an optax "
             "transformation, such as popax.population.optimizer.adamw() (adamw itself, without (), is none)"
         )
-    if next(iter(inspect.signature(optimizer).parameters), "") in ("learning_rate", "rate"):
-        return partial_of(of_rate, made_by=optimizer)
     try:
+        if next(iter(inspect.signature(optimizer).parameters), "") in ("learning_rate", "rate"):
+            return partial_of(of_rate, made_by=optimizer)
         jax.eval_shape(lambda: _tried(optimizer))
     except Exception as error:  # whatever a function of something else raises
         raise ConfigError(

@@ -22,6 +22,7 @@ from popax.population.state import PopulationState, empty_population, stored_ada
 from popax.population.step import population_loss, population_step
 from popax.sharding import ShardingRules, training_options
 from popax.training.config import TrainConfig
+from popax.types import AdapterState, Batch, Params
 
 
 class Programs(NamedTuple):
@@ -36,6 +37,12 @@ class Programs(NamedTuple):
     observe: Callable[..., Any] | None
     insert_member: Callable[..., Any]
     gather_member: Callable[..., Any]
+
+    def validated(self, base: Params, shared: AdapterState, state: PopulationState, batch: Batch) -> PopulationState:
+        """The state after a validation on these rows [N, M, T]; as it is without early stopping."""
+        if self.observe is None:
+            return state
+        return self.observe(state, self.loss(base, shared, state.adapters, batch))
 
 
 def compile_programs(model: Model, cohort: Cohort, config: TrainConfig, placement: Placement | None = None) -> Programs:

@@ -16,8 +16,8 @@ from popax.training.progress import Progress
 from popax.training.record import RunRecord
 from popax.training.stream import Seating
 
-# Of an objective's metrics: how much there was, not what it cost.
-COUNTED = {"targets", "target_bytes"}
+# Of an objective's metrics: how much there was, not what it cost; and what is reported in any case.
+COUNTED = {"targets", "target_bytes", "loss", "grad_norm_max", "users_training", "skipped_steps"}
 
 
 @contextlib.contextmanager
@@ -126,8 +126,9 @@ def round_metrics(metrics: Sequence[StepMetrics]) -> dict[str, float]:
 
 
 def _named(sums: Any) -> dict[str, Any]:
-    """An objective's metrics by name; nothing where they have none."""
-    return sums if isinstance(sums, dict) else sums._asdict() if hasattr(sums, "_asdict") else {}
+    """An objective's metrics by name, those that are numbers; nothing where they have no names."""
+    found = sums if isinstance(sums, dict) else sums._asdict() if hasattr(sums, "_asdict") else {}
+    return {name: leaf for name, leaf in found.items() if isinstance(leaf, np.ndarray)}
 
 
 @contextlib.contextmanager

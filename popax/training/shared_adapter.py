@@ -9,7 +9,7 @@ import numpy as np
 from popax.adapters.cohort import Cohort
 from popax.data.pipeline import UserPipeline
 from popax.modeling.base import Base
-from popax.population.state import PopulationState, init_population, stored_adapters
+from popax.population.state import init_population, stored_adapters
 from popax.training.compiled import compile_programs
 from popax.training.config import TrainConfig
 from popax.training.fit import BatchesAhead, fit
@@ -50,17 +50,13 @@ def train_shared_adapter(
         parts = [mixed.batch(step * config.accumulate + part) for part in range(config.accumulate)]
         return jax.tree.map(lambda *leaves: np.stack(leaves)[None], *parts)
 
-    def observe(state: PopulationState) -> PopulationState:
-        assert programs.observe is not None
-        return programs.observe(state, programs.loss(base.params, shared, state.adapters, validation))
-
     with BatchesAhead(make) as batches:
         state = fit(
             state,
             steps=total,
             step=lambda state, batch: programs.step(base.params, shared, state, batch),
             batches=batches,
-            observe=observe if programs.observe is not None else None,
+            observe=lambda state: programs.validated(base.params, shared, state, validation),
             every=config.round_length,
             over=lambda state: not bool(state.active[0]),
             on_step=lambda done, state, metrics: on_step(done, total),

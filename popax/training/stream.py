@@ -195,8 +195,8 @@ class PopulationStream:
         batch = self._data.evaluation(self._placement.local(turn.users), "validation", max_rows=rows)
         # A fixed number of rows: otherwise the population's longest slice would decide a shape, and recompile.
         batch = jax.tree.map(lambda leaf: pad_rows(leaf, rows), batch)
-        sums = self._programs.loss(self._base, self._shared, turn.state.adapters, self._placement.rows(batch))
-        return turn._replace(state=self._programs.observe(turn.state, sums))
+        rows = self._placement.rows(batch)
+        return turn._replace(state=self._programs.validated(self._base, self._shared, turn.state, rows))
 
     def _write_back(self, turn: Turn) -> Turn:
         active = self._placement.host(turn.state.active)

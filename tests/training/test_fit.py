@@ -2,8 +2,11 @@
 
 import threading
 
+import numpy as np
 import pytest
 
+from popax.population.step import StepMetrics
+from popax.training.console import round_metrics
 from popax.training.fit import BatchesAhead, fit
 
 
@@ -65,6 +68,17 @@ def test_the_next_batch_is_built_while_a_step_runs():
         fit(0, steps=1, step=step, batches=batches, continues=True)
         assert reached == [True]
         assert batches.take(1) == 1
+
+
+def test_metrics_of_ones_own_do_not_stand_in_for_the_runs():
+    """A dictionary may hold what is no number, and names that are taken."""
+    ones = np.ones(2, np.float32)
+    sums = {"loss": 9 * ones, "hard": 4 * ones, "by_layer": {"first": ones}}
+    step = StepMetrics(3 * ones, 2 * ones, ones, ones, np.array([True, False]), np.array([False, True]), sums)
+    found = round_metrics([step, step])
+    assert (found["loss"], found["hard"], found["targets"]) == (3.0, 2.0, 4.0)
+    assert (found["users_training"], found["skipped_steps"]) == (1.0, 2.0)
+    assert "by_layer" not in found
 
 
 def test_a_wanted_batch_that_is_never_taken_has_no_effect():

@@ -19,7 +19,7 @@ from popax.evaluation.columns import EvalConfig, Scorer, bits_per_byte, row_chun
 from popax.modeling.base import Base
 from popax.objectives.base import LossSums
 from popax.objectives.sft import sft
-from popax.population.state import PopulationState, init_population, stored_adapters
+from popax.population.state import init_population, stored_adapters
 from popax.training.compiled import Programs, compile_programs
 from popax.training.config import TrainConfig
 from popax.training.fit import BatchesAhead, fit
@@ -115,17 +115,13 @@ def train_members(base: Base, pipeline: UserPipeline, who: Members, cohort: Coho
         steps = [step + int(seed) * config.steps for seed in who.seed_N]
         return pipeline.population(who.names, steps, config.accumulate)
 
-    def observe(state: PopulationState) -> PopulationState:
-        assert programs.observe is not None
-        return programs.observe(state, programs.loss(base.params, shared, state.adapters, validation))
-
     with BatchesAhead(make) as batches:
         state = fit(
             state,
             steps=config.steps,
             step=lambda state, batch: programs.step(base.params, shared, state, batch),
             batches=batches,
-            observe=observe,
+            observe=lambda state: programs.validated(base.params, shared, state, validation),
             every=config.round_length,
         )
     assert state.best is not None

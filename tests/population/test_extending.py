@@ -14,16 +14,13 @@ from popax.adapters.base import AdapterConfig, TargetRule
 from popax.adapters.cohort import Cohort
 from popax.cli.gin_door import GinDoor
 from popax.errors import ConfigError
-from popax.modeling.config import ModelConfig
-from popax.modeling.model import Model
 from popax.objectives.table import make_objective
 from popax.population.state import init_population
 from popax.population.step import member_step, population_step
 from popax.training.config import CohortRule, TrainConfig
 from popax.trees import member
-from tests.population.conftest import make_batch
 
-PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 USERS = 3
 
 
@@ -36,33 +33,17 @@ def my_lab(monkeypatch):
     return module
 
 
-@pytest.fixture(scope="module")
-def model():
-    return Model(
-        ModelConfig(
-            vocab_size=32,
-            embed_dim=16,
-            ffw_dim=24,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-            max_seq_len=32,
-        )
-    )
-
-
 def gin_of_the_page() -> list[str]:
     block = re.findall(r"## Set from gin\n\n```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[0]
     return [line for line in block.splitlines() if line]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_invariant_1_holds_for_what_lives_outside_of_popax(model, accumulate):
+def test_invariant_1_holds_for_what_lives_outside_of_popax(bench, random_batch, accumulate):
     config = GinDoor([], gin_of_the_page()).build(TrainConfig, early_stop=None, accumulate=accumulate, steps=3)
     adapter = AdapterConfig(method="my_lab:SHIFT", targets=(TargetRule(pattern=r"layers\..*(q|down)_proj"),))
-    cohort, params = Cohort.of(adapter, model.sites()), model.init(jax.random.key(7))
-    objective = make_objective(config.objective, model, remat="none", penalised=False)
+    cohort, params = Cohort.of(adapter, bench.model.sites()), bench.params
+    objective = make_objective(config.objective, bench.model, remat="none", penalised=False)
     arguments = (cohort, objective, config.optimizer, config.schedule)
     together = jax.jit(population_step(*arguments, accumulate=accumulate))
     alone = jax.jit(member_step(*arguments, accumulate=accumulate))
@@ -71,7 +52,7 @@ def test_invariant_1_holds_for_what_lives_outside_of_popax(model, accumulate):
     single = [member(state, user) for user in range(USERS)]
     with jax.numpy_dtype_promotion("standard"):  # as commands run: a researcher's own arithmetic
         for step in range(3):
-            parts = [make_batch(USERS, seed=10 * step + part) for part in range(accumulate)]
+            parts = [random_batch(USERS, seed=10 * step + part) for part in range(accumulate)]
             batch = parts[0] if accumulate == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *parts)
             state, metrics = together(params, {}, state, batch)
             assert set(metrics.sums) == {"nll"}
